@@ -1,0 +1,3 @@
+"""DINO pretraining of vision transformers."""
+
+__version__ = "0.1.0"

@@ -1,0 +1,183 @@
+"""Installs the packages fastdino and fastdino_kernels and compiles csrc/ into one plain C-ABI library.
+
+The library needs neither Python nor torch headers, so building needs only a C++17 compiler and one wheel serves every Python
+and every torch. $CXX chooses the compiler. Without one the install still works and the kernels run on their eager fallback;
+FASTDINO_BUILD=0 leaves the library out on purpose, FASTDINO_BUILD=1 makes its absence an error.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from setuptools import Command, Distribution, find_packages, setup
+from setuptools.command.bdist_wheel import bdist_wheel
+from setuptools.command.build_py import build_py
+from setuptools.command.sdist import sdist
+
+ROOT = Path(__file__).resolve().parent
+LIBRARY = Path("fastdino_kernels", "libfastdino_cpu.so")
+CXXFLAGS = ["-O3", "-std=c++17", "-fPIC", "-shared", "-pthread"]
+
+
+def version() -> str:
+    """Version string, read from fastdino/__init__.py without importing it."""
+    found = re.search(r'^__version__ = "([^"]+)"', (ROOT / "fastdino" / "__init__.py").read_text("utf-8"), re.M)
+    if found is None:
+        raise RuntimeError("fastdino/__init__.py: expected a line __version__ = \"...\"")
+    return found.group(1)
+
+
+def compiler() -> list[str] | None:
+    """Command of the C++ compiler ($CXX, else c++, else g++, else clang++), or None when there is none."""
+    chosen = os.environ.get("CXX", "").strip()
+    for command in [chosen] if chosen else ["c++", "g++", "clang++"]:
+        words = shlex.split(command)
+        if shutil.which(words[0]):
+            return words
+    return None
+
+
+def wanted() -> bool:
+    return os.environ.get("FASTDINO_BUILD", "") != "0"
+
+
+def compile_library(target: Path) -> bool:
+    """Compiles csrc/*.cpp to ``target``; False (after one line on stderr) when that is not possible."""
+    if not wanted():
+        return False
+    command = compiler()
+    sources = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc").glob("*.cpp"))
+    if not sources:
+        problem = "it holds no .cpp file"
+    elif command is None:
+        name = os.environ.get("CXX", "").strip() or "c++, g++ or clang++"
+        problem = f"no C++ compiler found ({name}; set CXX)"
+    else:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        # Compiled beside its place and renamed: a process that has the old library mapped keeps it intact.
+        fresh = target.with_name(f"{target.name}.{os.getpid()}.tmp")
+        result = subprocess.run([*command, *CXXFLAGS, *sources, "-o", str(fresh)], cwd=ROOT)
+        if result.returncode == 0:
+            os.replace(fresh, target)
+            return True
+        fresh.unlink(missing_ok=True)
+        problem = f"{command[0]} failed with exit code {result.returncode}"
+    message = f"fastdino_kernels: csrc/ was not compiled: {problem}. "
+    if os.environ.get("FASTDINO_BUILD") == "1":
+        raise SystemExit(message + "FASTDINO_BUILD=1 asks for it.")
+    print(message + "The CPU kernels will use their slower eager fallback.", file=sys.stderr)
+    return False
+
+
+class BuildCsrc(Command):
+    """``python setup.py build_csrc``: recompiles the library in place, as an editable install uses it."""
+
+    description = "compile csrc/ in place"
+    user_options: list[tuple[str, str | None, str]] = []
+
+    def initialize_options(self) -> None:
+        pass
+
+    def finalize_options(self) -> None:
+        pass
+
+    def run(self) -> None:
+        if not compile_library(ROOT / "kernels" / LIBRARY):
+            raise SystemExit(1)
+
+
+class BuildPy(build_py):
+    """Copies the Python files and compiles the library next to them."""
+
+    def run(self) -> None:
+        super().run()
+        base = ROOT / "kernels" if self.editable_mode else Path(self.build_lib).resolve()
+        compile_library(base / LIBRARY)
+
+    def get_outputs(self, include_bytecode: bool = True) -> list[str]:
+        outputs = super().get_outputs(include_bytecode)
+        library = Path(self.build_lib) / LIBRARY
+        return [*outputs, str(library)] if library.exists() else outputs
+
+
+class BinaryDistribution(Distribution):
+    """Platform-specific exactly when a library can be compiled."""
+
+    def has_ext_modules(self) -> bool:
+        return wanted() and compiler() is not None
+
+
+class BdistWheel(bdist_wheel):
+    """py3-none-<platform>: the library depends on the platform alone, not on the Python version."""
+
+    def get_tag(self) -> tuple[str, str, str]:
+        return ("py3", "none", super().get_tag()[2])
+
+
+class Sdist(sdist):
+    """The source archive carries csrc/."""
+
+    def add_defaults(self) -> None:
+        super().add_defaults()
+        self.filelist.extend(sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc").iterdir()))
+
+
+setup(
+    name="fastdino",
+    version=version(),
+    description="Fast DINO self-supervised pretraining of vision transformers, with drop-in kernels",
+    long_description=(ROOT / "README.md").read_text("utf-8") if (ROOT / "README.md").exists() else "",
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
+    python_requires=">=3.10",
+    packages=[
+        *find_packages(include=["fastdino", "fastdino.*"]),
+        "fastdino_kernels",
+        *find_packages("kernels", include=["fastdino_kernels.*"]),
+    ],
+    package_dir={"fastdino": "fastdino", "fastdino_kernels": "kernels/fastdino_kernels"},
+    package_data={"fastdino": ["py.typed"], "fastdino_kernels": ["py.typed"]},
+    # The kernels need torch (and numpy for the array interface); triton is left to CUDA builds of torch, which pin their own.
+    install_requires=[
+        "torch>=2.10",
+        "numpy>=1.26",
+        "tyro>=1.0",
+        "rich>=13.0",
+        "pyyaml>=6.0",
+        "safetensors>=0.5",
+        "pillow>=10.0",
+        "tensorboard>=2.16",
+        "matplotlib>=3.8",
+        "jinja2>=3.1",
+        "scikit-learn>=1.4",
+    ],
+    extras_require={
+        "dali-cu12": ["nvidia-dali-cuda120>=1.50; platform_system == 'Linux'"],
+        "dali-cu13": ["nvidia-dali-cuda130>=1.52; platform_system == 'Linux'"],
+        "xformers": ["xformers>=0.0.35"],
+        "wandb": ["wandb>=0.18"],
+        "dev": [
+            "pytest>=8.0",
+            "pytest-xdist>=3.5",
+            "ruff==0.17.5",
+            "mypy==2.4.1",
+            "scipy>=1.12",
+            "triton>=3.6; platform_system == 'Linux'",
+            "types-PyYAML",
+        ],
+    },
+    distclass=BinaryDistribution,
+    cmdclass={
+        "build_csrc": BuildCsrc,
+        "build_py": BuildPy,
+        "bdist_wheel": BdistWheel,
+        "sdist": Sdist,
+    },
+)
