@@ -123,9 +123,9 @@ class BdistWheel(bdist_wheel):
 class Sdist(sdist):
     """The source archive carries csrc/."""
 
-    def add_defaults(self) -> None:
-        super().add_defaults()
-        self.filelist.extend(sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc").iterdir()))
+    def make_release_tree(self, base_dir: str, files: list[str]) -> None:
+        csrc = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc").iterdir())
+        super().make_release_tree(base_dir, [*files, *csrc])
 
 
 setup(
