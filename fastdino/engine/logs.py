@@ -1,0 +1,152 @@
+"""What a run tells: JSON lines for machines, a progress bar or plain lines for people, TensorBoard or W&B curves."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+_PACKAGES = ("torch", "triton", "xformers", "nvidia-dali-cuda130", "nvidia-dali-cuda120", "numpy", "safetensors")
+
+
+def append_line(path: Path, record: Mapping[str, Any]) -> None:
+    """Append one JSON line."""
+    with open(path, "a", encoding="utf-8") as file:
+        file.write(json.dumps(record) + "\n")
+
+
+def keep_lines(path: Path, wanted: Callable[[dict[str, Any]], bool]) -> None:
+    """Drop the JSON lines that are not ``wanted``, and a last one that a crash cut short."""
+    if not path.exists():
+        return
+    lines = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            if wanted(json.loads(line)):
+                lines.append(line + "\n")
+        except ValueError:
+            continue
+    write_text(path, "".join(lines))
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replace a file in one step, so that a reader or a crash never sees half of it."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def environment(world_size: int, device: torch.device) -> dict[str, Any]:
+    """Versions and hardware, for the report. Holds no environment variables and no command line: those may carry secrets."""
+    versions = {}
+    for package in _PACKAGES:
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name()
+    return {
+        "fastdino": metadata.version("fastdino"),
+        "commit": _commit(),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "device": name,
+        "processes": world_size,
+        "threads": torch.get_num_threads(),
+        "packages": versions,
+    }
+
+
+def _cpu_name() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return f"{line.partition(':')[2].strip()}, {os.cpu_count()} cores"
+    except OSError:
+        pass  # not Linux: the generic name below
+    return f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores"
+
+
+def _commit() -> str | None:
+    here = Path(__file__).resolve().parents[2]
+    if not (here / ".git").exists():
+        return None
+    command = ["git", "-C", str(here), "describe", "--always", "--dirty"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+class Curves:
+    """Scalars for TensorBoard or Weights & Biases; ``none`` writes nothing."""
+
+    def __init__(self, kind: str, directory: Path, config: Mapping[str, Any], purge_step: int):
+        self.kind = kind
+        if kind == "tensorboard":
+            from torch.utils.tensorboard import SummaryWriter
+
+            self.writer = SummaryWriter(str(directory / "tb"), purge_step=purge_step)
+        elif kind == "wandb":
+            import wandb
+
+            self.writer = wandb.init(project="fastdino", dir=str(directory), config=dict(config), resume="allow")
+
+    def add(self, scalars: Mapping[str, float], step: int) -> None:
+        if self.kind == "tensorboard":
+            for name, value in scalars.items():
+                self.writer.add_scalar(name, value, step)
+        elif self.kind == "wandb":
+            self.writer.log(dict(scalars), step=step)
+
+    def close(self) -> None:
+        if self.kind == "tensorboard":
+            self.writer.close()
+        elif self.kind == "wandb":
+            self.writer.finish()
+
+
+class Screen:
+    """A progress bar on a terminal, one plain line per report elsewhere; silent unless ``enabled``."""
+
+    def __init__(self, total: int, start: int, enabled: bool):
+        self.console = Console(quiet=not enabled, soft_wrap=True, highlight=False)
+        self.live, self.total, self.started, self.first = self.console.is_terminal and enabled, total, time.monotonic(), start
+        self.progress = Progress(
+            TextColumn("epoch {task.fields[epoch]}"),
+            BarColumn(bar_width=24),
+            TextColumn("{task.completed}/{task.total}"),
+            TextColumn("{task.fields[text]}"),
+            TimeRemainingColumn(),
+            console=self.console,
+        )
+        self.task = self.progress.add_task("train", total=total, completed=start, epoch="-", text="")
+        if self.live:
+            self.progress.start()
+
+    def say(self, text: str) -> None:
+        self.console.print(text, markup=False)
+
+    def show(self, step: int, epoch: int, text: str) -> None:
+        if self.live:
+            self.progress.update(self.task, completed=step, epoch=epoch, text=text)
+            return
+        spent = time.monotonic() - self.started
+        left = spent / max(step - self.first, 1) * (self.total - step)
+        self.say(f"epoch {epoch} step {step}/{self.total} {text} eta {int(left // 60)}:{int(left % 60):02d}")
+        sys.stdout.flush()
+
+    def close(self) -> None:
+        if self.live:
+            self.progress.stop()

@@ -1,0 +1,411 @@
+"""The run: data, model and optimizer are built once, then steps, checkpoints, evaluations and the report follow.
+
+Order of construction is the order in which a user's mistakes show: flags, output directory, data, only then the model.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import math
+import os
+import signal
+import time
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+
+from fastdino.config import Config, config_from_dict, config_to_dict, config_to_yaml
+from fastdino.data.loader import MultiCropLoader
+from fastdino.data.manifest import Manifest, build_manifest
+from fastdino.data.prescan import prescan
+from fastdino.data.preview import contact_sheet
+from fastdino.engine import checkpoint, parallel
+from fastdino.engine.logs import Curves, Screen, append_line, environment, keep_lines, write_text
+from fastdino.engine.optim import Updater
+from fastdino.engine.schedules import Schedule
+from fastdino.engine.step import Clock, Scaler, StepResult, train_step
+from fastdino.engine.monitor import Monitor
+from fastdino.methods.dino import DINO
+from fastdino.report import write_report
+
+_PHASES = ("data", "forward", "backward", "update")
+
+
+class Stopped(SystemExit):
+    """The run ended early on purpose; ``code`` is the process's exit code."""
+
+
+def compute_dtype(config: Config, device: torch.device) -> torch.dtype:
+    """The type GEMMs run in: ``--precision``, or what the hardware is best at."""
+    choice = config.optim.precision
+    if not config.optim.use_fp16:
+        return torch.float32
+    if choice != "auto":
+        return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[choice]
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16
+    return torch.bfloat16 if torch.cpu._is_avx512_bf16_supported() else torch.float32
+
+
+def split_batch(config: Config, world_size: int) -> tuple[int, int, int]:
+    """``(global batch, micro-batch per process, micro-batches per step)``. Raises ValueError when they do not divide."""
+    per_process = config.optim.batch_size_per_gpu
+    total = config.optim.batch_size or per_process * world_size
+    if total % world_size:
+        raise ValueError(f"--batch_size: {total} images cannot be shared equally by {world_size} processes")
+    share = total // world_size
+    micro = min(per_process, share)
+    if share % micro:
+        raise ValueError(
+            f"--batch_size: {total} images over {world_size} processes are {share} each, "
+            f"which is not a multiple of --batch_size_per_gpu {per_process}"
+        )
+    return total, micro, share // micro
+
+
+class Trainer:
+    """One training run in ``config.run.output_dir``. ``Trainer(config).fit()`` is all there is to it."""
+
+    def __init__(self, config: Config):
+        self.config = config
+        self.world = parallel.start(config.run.device)
+        self.global_batch, self.micro_batch, self.accumulate = split_batch(config, self.world.size)
+        self.output = Path(config.run.output_dir)
+        self.dtype = compute_dtype(config, self.world.device)
+        self.signal = 0
+
+        self.manifest = self._open_data()
+        self.steps_per_epoch = len(self.manifest) // self.global_batch
+        self.schedule = Schedule(config, self.steps_per_epoch, self.global_batch)
+        self.total_steps = min(config.optim.max_steps or self.schedule.total_steps, self.schedule.total_steps)
+        self.monitor = Monitor(config.eval, config.crops.global_crops_size, self.manifest, self.world.device)
+
+        torch.manual_seed(config.run.seed)
+        self.method = DINO(config).to(self.world.device)
+        self._synchronise_batch_norm()
+        self.updater = Updater(self.method.student, self.method.teacher, config.optim)
+        self.scaler = Scaler(enabled=self.dtype == torch.float16)
+        self.step = 0
+        self.counters = {"bad_steps": 0, "bad_in_a_row": 0}
+        self.sums: dict[str, float] = {}  # over the good steps of this epoch: loss, teacher_entropy, kl; and their number
+        self._resume()
+
+    # -- construction ------------------------------------------------------------------------------------------------
+
+    def _open_data(self) -> Manifest:
+        """The manifest without bad files; rank 0 scans, the others read its result."""
+        run, data = self.config.run, self.config.data
+        manifest = build_manifest(data.data_path)
+        if self.world.main:
+            self.output.mkdir(parents=True, exist_ok=True)
+        if data.prescan == "on" or (data.prescan == "auto" and len(manifest) <= 200_000):
+            if not self.world.main:
+                parallel.barrier()
+            manifest = prescan(manifest, Path(run.output_dir), num_threads=self._data_threads(), progress=self.world.main)
+            if self.world.main:
+                parallel.barrier()
+        if len(manifest) < self.global_batch:
+            raise ValueError(
+                f"--data_path {data.data_path}: {len(manifest)} usable images, fewer than one global batch of {self.global_batch}"
+            )
+        return manifest
+
+    def _data_threads(self) -> int:
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        return max(1, min(self.config.data.num_workers, cores))
+
+    def _synchronise_batch_norm(self) -> None:
+        """Batch statistics over all processes, as in the official code."""
+        if self.world.size == 1 or not self.config.model.use_bn_in_head:
+            return
+        if self.world.device.type != "cuda":
+            raise ValueError("--use_bn_in_head: several processes need GPUs (synchronised batch norm has no CPU form)")
+        self.method = torch.nn.SyncBatchNorm.convert_sync_batchnorm(self.method)
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.output / "checkpoints"
+
+    def _identity(self) -> dict[str, Any]:
+        """What must not change between a run and its continuation."""
+        names = [os.path.relpath(p, self.manifest.root) for p in self.manifest.paths]
+        digest = hashlib.sha256("\0".join(names).encode("utf-8", "surrogateescape"))
+        plain = config_to_dict(self.config)
+        return {
+            **{f"--{k}": v for group in ("model", "crops") for k, v in plain[group].items()},
+            "--optimizer": self.config.optim.optimizer,
+            "--seed": self.config.run.seed,
+            "global batch": self.global_batch,
+            "list of images": digest.hexdigest()[:16],
+        }
+
+    def _resume(self) -> None:
+        wanted = self.config.run.resume
+        if wanted == "none":
+            found = None
+        elif wanted == "auto":
+            found = parallel.broadcast_object(checkpoint.latest(self.checkpoints) if self.world.main else None)
+        else:
+            found = Path(wanted)
+            if checkpoint.step_of(found) < 0:
+                found = checkpoint.latest(found / "checkpoints" if (found / "checkpoints").is_dir() else found)
+            if found is None:
+                raise checkpoint.CheckpointError(f"--resume {wanted}: no valid checkpoint there")
+        if found is not None:
+            self.restore(found)  # type: ignore[arg-type]
+
+    def restore(self, path: Path) -> None:
+        """Continue from a checkpoint. Raises CheckpointError naming every difference if it belongs to another run."""
+        model, optimizer, meta = checkpoint.load(path)
+        ours, theirs = self._identity(), meta["identity"]
+        different = [f"{k}: checkpoint {theirs.get(k)!r}, now {ours.get(k)!r}" for k in ours if ours[k] != theirs.get(k)]
+        if different:
+            raise checkpoint.CheckpointError(
+                f"{path} belongs to another run; use another --output_dir or --resume none.\n  " + "\n  ".join(different)
+            )
+        self.method.load_state_dict(model)
+        self.updater.load_state(optimizer)
+        self.step, self.counters, self.sums = meta["step"], meta["counters"], meta["epoch_sums"]
+        self.scaler.scale, self.scaler.good_steps = meta["scaler"]["scale"], meta["scaler"]["good_steps"]
+        self.resumed_from: Path | None = path
+
+    # -- the loop ----------------------------------------------------------------------------------------------------
+
+    def fit(self) -> Path:
+        """Train to the end and return the run directory. Raises Stopped (exit code 143, 130 or 1) when it ends early."""
+        run = self.config.run
+        loader = MultiCropLoader(
+            self.manifest,
+            self.config.crops,
+            seed=run.seed,
+            global_batch=self.global_batch,
+            micro_batch=self.micro_batch,
+            rank=self.world.rank,
+            world_size=self.world.size,
+            start_step=self.step,
+            device=self.world.device,
+            dtype=torch.float32 if self.world.device.type == "cpu" else self.dtype,
+            num_threads=self._data_threads(),
+            cache_decoded=self.config.data.cache_decoded,
+        )
+        screen = Screen(self.total_steps, self.step, enabled=self.world.main)
+        with loader, _signals(self._on_signal):
+            self._prepare_output(screen)
+            curves = Curves(run.log if self.world.main else "none", self.output, config_to_dict(self.config), self.step)
+            if self.step == 0:
+                self._evaluate(screen, curves, baseline=True)
+            try:
+                self._loop(iter(loader), screen, curves)
+            finally:
+                curves.close()
+                screen.close()
+        return self.output
+
+    def _loop(self, batches: Iterator[Any], screen: Screen, curves: Curves) -> None:
+        run, window = self.config.run, _Window(self.global_batch)
+        while self.step < self.total_steps:
+            hyper, epoch = self.schedule(self.step), self.step // self.steps_per_epoch
+            reporting = (self.step + 1) % run.log_every == 0
+            # stochastic depth draws from a generator that is a function of (seed, step, rank): nothing to save
+            torch.manual_seed((run.seed * 1_000_003 + self.step) * 65_537 + self.world.rank)
+            result = train_step(
+                self.method,
+                self.updater,
+                batches,
+                hyper,
+                accumulate=self.accumulate,
+                dtype=self.dtype,
+                scaler=self.scaler,
+                stop=self.signal != 0,
+                clock=Clock(self.world.device, exact=reporting),
+            )
+            self.step += 1
+            self._count(result, screen)
+            window.add(result)
+            epoch_ends = self.step % self.steps_per_epoch == 0
+            finished = self.step == self.total_steps
+            if self.world.main and (reporting or finished):
+                record = {
+                    "step": self.step,
+                    "epoch": epoch,
+                    **{k: v for k, v in dataclasses.asdict(hyper).items() if k != "freeze_last_layer"},
+                    **window.take(),
+                    "bad_steps": self.counters["bad_steps"],
+                    "time": time.time(),
+                }
+                record["lr"], record["wd"] = hyper.lr, record.pop("weight_decay")
+                append_line(self.output / "metrics.jsonl", record)
+                curves.add({k: v for k, v in record.items() if k not in ("step", "time")}, self.step)
+                screen.show(self.step, epoch, _line(record))
+            if epoch_ends:
+                self._end_epoch(epoch, hyper.lr, hyper.weight_decay, screen)
+            saved = epoch_ends or finished or (run.save_every > 0 and self.step % run.save_every == 0)
+            if saved or result.stop:
+                self._save(keep=finished or (epoch_ends and (epoch + 1) % max(run.saveckp_freq, 1) == 0))
+            if result.stop:
+                name = signal.Signals(self.signal).name if self.signal else "a signal to another process"
+                screen.say(f"stopped by {name} after step {self.step}; the same command continues from there")
+                raise Stopped(128 + (self.signal or signal.SIGTERM))
+            every = self.config.eval.eval_every
+            if finished or (epoch_ends and every > 0 and (epoch + 1) % every == 0):
+                self._evaluate(screen, curves)
+                self._report(screen, final=finished)
+
+    def _count(self, result: StepResult, screen: Screen) -> None:
+        """Sum up a good step; count a bad one and stop after too many in a row."""
+        if not result.skipped:
+            self.counters["bad_in_a_row"] = 0
+            for key in ("loss", "teacher_entropy", "kl"):
+                self.sums[key] = self.sums.get(key, 0.0) + getattr(result, key)
+            self.sums["steps"] = self.sums.get("steps", 0.0) + 1.0
+            return
+        if self.scaler.enabled and math.isfinite(result.loss) and self.scaler.scale > 1.0:
+            return  # fp16 gradients overflowed: the loss scale was halved, the run is healthy
+        self.counters["bad_steps"] += 1
+        self.counters["bad_in_a_row"] += 1
+        screen.say(f"step {self.step}: loss {result.loss} or a gradient is not finite; the step was skipped, nothing changed")
+        if self.counters["bad_in_a_row"] >= self.config.optim.max_bad_steps:
+            self.counters["bad_in_a_row"] = 0
+            self._save(keep=True)
+            screen.say(
+                f"--max_bad_steps: {self.config.optim.max_bad_steps} bad steps in a row, the run stops. The checkpoint holds the last "
+                "good state. Likely causes: --lr too high, --precision fp16 (try bf16 or fp32), --clip_grad 0, broken images."
+            )
+            raise Stopped(1)
+
+    def _end_epoch(self, epoch: int, lr: float, weight_decay: float, screen: Screen) -> None:
+        """Write the official log line and warn of collapse."""
+        steps = self.sums.get("steps", 0.0)
+        if steps and self.world.main:
+            mean = {k: self.sums[k] / steps for k in ("loss", "teacher_entropy", "kl")}
+            append_line(
+                self.output / "log.txt",
+                {"train_loss": mean["loss"], "train_lr": lr, "train_wd": weight_decay}
+                | {"train_teacher_entropy": mean["teacher_entropy"], "train_kl": mean["kl"], "epoch": epoch},
+            )
+            highest = math.log(self.config.model.out_dim)
+            if mean["teacher_entropy"] < 0.01 * highest:
+                screen.say(
+                    f"WARNING: COLLAPSE to one prototype: teacher entropy {mean['teacher_entropy']:.3f} is within 1 % of 0. Likely causes: "
+                    "--teacher_temp too low, or --center_momentum too close to 1 (the center lags behind)."
+                )
+            elif mean["teacher_entropy"] > 0.99 * highest:
+                screen.say(
+                    f"WARNING: COLLAPSE to the uniform distribution: teacher entropy {mean['teacher_entropy']:.3f} is within 1 % of "
+                    f"ln K = {highest:.3f}. Likely causes: --teacher_temp or --warmup_teacher_temp too high, or --lr too low to have moved yet."
+                )
+        self.sums = {}
+
+    # -- output ------------------------------------------------------------------------------------------------------
+
+    def _prepare_output(self, screen: Screen) -> None:
+        if not self.world.main:
+            return
+        for name, key, limit in (("metrics.jsonl", "step", self.step), ("eval.jsonl", "step", self.step)):
+            keep_lines(self.output / name, lambda r, key=key, limit=limit: self.step > 0 and r[key] <= limit)
+        keep_lines(self.output / "log.txt", lambda r: r["epoch"] < self.step // self.steps_per_epoch)
+        write_text(self.output / "config.yaml", config_to_yaml(self.config))
+        facts = environment(self.world.size, self.world.device) | {"precision": str(self.dtype).removeprefix("torch.")}
+        facts |= {"images": len(self.manifest), "global_batch": self.global_batch, "steps_per_epoch": self.steps_per_epoch}
+        write_text(self.output / "environment.json", checkpoint._canonical(facts).decode())
+        contact_sheet(self.manifest, self.config.crops, self.config.run.seed, 6, self.output / "crops.png")
+        parameters = sum(p.numel() for p in self.method.student.parameters())
+        screen.say(
+            f"{len(self.manifest)} images, {parameters / 1e6:.1f} M parameters, global batch {self.global_batch} = {self.world.size} "
+            f"process(es) x {self.accumulate} x {self.micro_batch}, {self.total_steps} steps in {facts['precision']} on {facts['device']}"
+        )
+        if self.step:
+            screen.say(f"continuing after step {self.step} from {self.resumed_from}")
+
+    def _save(self, *, keep: bool) -> None:
+        if self.world.main:
+            meta = {
+                "epoch": self.step // self.steps_per_epoch,
+                "steps_per_epoch": self.steps_per_epoch,
+                "config": config_to_dict(self.config),
+                "identity": self._identity(),
+                "world_size": self.world.size,
+                "scaler": {"scale": self.scaler.scale, "good_steps": self.scaler.good_steps},
+                "counters": self.counters,
+                "epoch_sums": self.sums,
+                "keep": keep,
+            }
+            checkpoint.save(self.checkpoints, self.step, self.method.state_dict(), self.updater.state(), meta)
+            checkpoint.prune(self.checkpoints)
+        parallel.barrier()
+
+    def _evaluate(self, screen: Screen, curves: Curves, *, baseline: bool = False) -> None:
+        """k-NN of the teacher on rank 0; ``baseline`` adds raw pixels (the teacher is then the untrained network)."""
+        if self.world.main and self.monitor.active:
+            scores = self.monitor.knn(self.method.teacher.backbone)
+            record: dict[str, Any] = {"step": self.step, "epoch": self.step // self.steps_per_epoch, "knn": scores}
+            if baseline:
+                record |= {"untrained": scores, "raw_pixels": self.monitor.raw_pixels()}
+            append_line(self.output / "eval.jsonl", record)
+            curves.add({f"knn_top1_{k}": v for k, v in scores.items()}, self.step)
+            text = "  ".join(f"k={k} {v:.1f} %" for k, v in scores.items())
+            screen.say(f"k-NN top-1 of the {'untrained network' if baseline else 'teacher'}: {text}")
+        parallel.barrier()
+
+    def _report(self, screen: Screen, *, final: bool) -> None:
+        if self.world.main and self.config.run.report:
+            try:
+                path = write_report(
+                    self.output, backbone=self.method.teacher.backbone, image_paths=self.monitor.pictures(8)
+                )
+                screen.say(f"report: {path}")
+            except Exception:
+                if final:
+                    raise
+                screen.say("the report could not be written; training goes on\n" + traceback.format_exc())
+        parallel.barrier()
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        self.signal = number
+
+
+@contextmanager
+def _signals(handler: Any) -> Iterator[None]:
+    """SIGTERM, SIGINT and SIGUSR1 ask for a checkpoint and an orderly stop at the end of the step."""
+    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+    previous = [signal.signal(n, handler) for n in numbers]
+    try:
+        yield
+    finally:
+        for number, old in zip(numbers, previous, strict=True):
+            signal.signal(number, old)
+
+
+class _Window:
+    """Means since the last log line."""
+
+    def __init__(self, images_per_step: int):
+        self.images, self.results, self.since = images_per_step, [], time.perf_counter()  # type: ignore[var-annotated]
+
+    def add(self, result: StepResult) -> None:
+        self.results.append(result)
+
+    def take(self) -> dict[str, float]:
+        now, n = time.perf_counter(), len(self.results)
+        good = [r for r in self.results if not r.skipped] or self.results
+        out = {k: sum(getattr(r, k) for r in good) / len(good) for k in ("loss", "teacher_entropy", "kl")}
+        out["img_s"] = self.images * n / (now - self.since)
+        out |= {f"t_{p}": sum(r.seconds.get(p, 0.0) for r in self.results) / n for p in _PHASES}
+        self.results, self.since = [], now
+        return out
+
+
+def _line(record: dict[str, Any]) -> str:
+    return (
+        f"loss {record['loss']:.4f} lr {record['lr']:.2e} entropy {record['teacher_entropy']:.3f} "
+        f"KL {record['kl']:.3f} {record['img_s']:.0f} img/s"
+    )
+
+
+__all__ = ["Stopped", "Trainer", "compute_dtype", "config_from_dict", "split_batch"]
