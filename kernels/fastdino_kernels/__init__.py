@@ -1,0 +1,23 @@
+"""Fused losses and updates for self-supervised training with DINO. Needs PyTorch alone; importable without a GPU or compiler."""
+
+from .adamw_ema import AdamWEMA, StepResult
+from .backend import backend, set_backend
+from .ema import clip_grad_per_tensor_, ema_update_
+from .lars import LARS
+from .normalize_weight import normalize_weight
+from .prototype_loss import prototype_loss
+from .reference import DinoLoss, PrototypeLoss
+
+__all__ = [
+    "LARS",
+    "AdamWEMA",
+    "DinoLoss",
+    "PrototypeLoss",
+    "StepResult",
+    "backend",
+    "clip_grad_per_tensor_",
+    "ema_update_",
+    "normalize_weight",
+    "prototype_loss",
+    "set_backend",
+]

@@ -1,0 +1,50 @@
+"""Which implementation answers: ``cpu`` (the compiled library), ``reference`` (eager PyTorch), or ``auto``."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+BACKENDS = ("auto", "cpu", "reference")
+_choice = "auto"
+
+
+def set_backend(name: str) -> None:
+    """Set the backend of the whole process: ``auto`` (the fastest one for each tensor's device), ``cpu`` or ``reference``."""
+    global _choice
+    if name not in BACKENDS:
+        raise ValueError(f"backend: expected one of {', '.join(BACKENDS)}, got {name!r}")
+    if name == "cpu" and not _library_loaded():
+        raise RuntimeError("backend: 'cpu' needs the compiled library, which is not built; run pip install again with a C++ compiler")
+    _choice = name
+
+
+@contextmanager
+def backend(name: str) -> Iterator[None]:
+    """``with backend("reference"): ...`` for the calls inside."""
+    before = _choice
+    set_backend(name)
+    try:
+        yield
+    finally:
+        set_backend(before)
+
+
+def resolve(device: torch.device) -> str:
+    """``cpu`` or ``reference`` for a tensor's device under the present choice."""
+    if _choice == "reference":
+        return "reference"
+    if device.type == "cpu":
+        return "cpu" if _library_loaded() else "reference"
+    if _choice == "cpu":
+        raise ValueError(f"backend: 'cpu' was set, but the tensors are on {device}")
+    return "reference"
+
+
+@torch.compiler.assume_constant_result
+def _library_loaded() -> bool:
+    from .csrc import library
+
+    return library() is not None
