@@ -60,6 +60,12 @@ def _canonical(value: Any) -> bytes:
     return json.dumps(value, sort_keys=True, indent=1).encode() + b"\n"
 
 
+def _seal(manifest: dict[str, Any]) -> bytes:
+    """The manifest's text, which ends in its own SHA-256."""
+    body = _canonical(manifest)
+    return body + hashlib.sha256(body).hexdigest().encode()
+
+
 def step_of(path: Path) -> int:
     """The optimizer step in a checkpoint directory's name, -1 if the name is not that of a checkpoint."""
     prefix, _, digits = path.name.partition("-")
@@ -111,7 +117,7 @@ def save(
     for name, data in contents.items():
         disk.write(temporary / name, data)
         files[name] = {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
-    disk.write(temporary / _MANIFEST, _canonical({"format": FORMAT, "files": files}))
+    disk.write(temporary / _MANIFEST, _seal({"format": FORMAT, "files": files}))
     disk.sync_directory(temporary)
     disk.rename(temporary, target)
     disk.sync_directory(root)
@@ -133,16 +139,14 @@ def _read(path: Path) -> dict[str, bytes]:
     """The verified contents of a checkpoint: the bytes that were hashed are the bytes that are used."""
     try:
         raw = (path / _MANIFEST).read_bytes()
-        manifest = json.loads(raw)
-        canonical = _canonical(manifest)
-    except (OSError, ValueError, RecursionError) as error:
+    except OSError as error:
         raise CheckpointError(f"{path / _MANIFEST}: cannot be read ({error})") from error
-    if raw != canonical or not isinstance(manifest, dict) or set(manifest) != {"format", "files"}:
-        raise CheckpointError(f"{path / _MANIFEST}: damaged (not the text that was written)")
+    body, seal = raw[:-64], raw[-64:]
+    if hashlib.sha256(body).hexdigest().encode() != seal:
+        raise CheckpointError(f"{path / _MANIFEST}: damaged (its own SHA-256 differs)")
+    manifest = json.loads(body)
     if manifest["format"] != FORMAT:
         raise CheckpointError(f"{path}: checkpoint format {manifest['format']}, this version reads {FORMAT}")
-    if set(manifest["files"]) != {_MODEL, _OPTIMIZER, _META}:
-        raise CheckpointError(f"{path / _MANIFEST}: damaged (it lists {sorted(manifest['files'])})")
     contents = {}
     for name, expected in manifest["files"].items():
         try:
@@ -194,9 +198,10 @@ def prune(root: Path | str, *, keep_last: int = 2, disk: Disk | None = None) -> 
     valid = 0
     for path in checkpoints(root):
         try:
-            keep = bool(read_meta(path).get("keep")) if valid >= keep_last else True
-        except CheckpointError:
+            if valid < keep_last:
+                verify(path)
+                valid += 1
+            elif not json.loads((path / _META).read_bytes()).get("keep"):
+                disk.remove(path)
+        except (CheckpointError, ValueError):
             continue  # damaged: evidence, never deleted here
-        valid += 1
-        if not keep:
-            disk.remove(path)

@@ -1,0 +1,152 @@
+import json
+import warnings
+
+import pytest
+import torch
+
+from fastdino.engine import checkpoint
+from fastdino.engine.checkpoint import CheckpointError, Disk, latest, load, prune, save
+
+
+def contents(value: float):
+    model = {"student.w": torch.full((5, 3), value), "center": torch.arange(4.0) + value}
+    optimizer = {"exp_avg.w": torch.full((5, 3), -value), "step.w": torch.tensor(value)}
+    return model, optimizer, {"epoch": 0, "note": "é"}
+
+
+def assert_holds(path, value):
+    model, optimizer, meta = load(path)
+    expected = contents(value)
+    for got, want in ((model, expected[0]), (optimizer, expected[1])):
+        assert got.keys() == want.keys()
+        assert all(torch.equal(got[k], want[k]) for k in want)
+    assert meta["note"] == "é" and meta["format"] == checkpoint.FORMAT
+
+
+def test_round_trip_and_latest(tmp_path):
+    assert latest(tmp_path) is None
+    for step in (3, 12):
+        save(tmp_path, step, *contents(float(step)))
+    newest = latest(tmp_path)
+    assert newest is not None and checkpoint.step_of(newest) == 12
+    assert_holds(newest, 12.0)
+
+
+def test_non_contiguous_and_16_bit_tensors_survive(tmp_path):
+    tensors = {"t": torch.arange(12.0).reshape(3, 4).t(), "h": torch.randn(3).bfloat16()}
+    model, _, _ = load(save(tmp_path, 1, tensors, {}, {}))
+    assert torch.equal(model["t"], tensors["t"]) and torch.equal(model["h"], tensors["h"])
+
+
+class CrashingDisk(Disk):
+    """Dies before or after its n-th operation; a write that dies leaves half its bytes."""
+
+    def __init__(self, fail_at, after):
+        self.count, self.fail_at, self.after = 0, fail_at, after
+
+    def _run(self, operation, *arguments, half=None):
+        self.count += 1
+        if self.count == self.fail_at and not self.after:
+            if half:
+                half()
+            raise KeyboardInterrupt
+        operation(*arguments)
+        if self.count == self.fail_at:
+            raise KeyboardInterrupt
+
+    def make_directory(self, path):
+        self._run(super().make_directory, path)
+
+    def write(self, path, data):
+        self._run(super().write, path, data, half=lambda: path.write_bytes(data[: len(data) // 2]))
+
+    def sync_directory(self, path):
+        self._run(super().sync_directory, path)
+
+    def rename(self, source, target):
+        self._run(super().rename, source, target)
+
+
+@pytest.mark.parametrize("after", [False, True])
+def test_every_crash_point_leaves_the_old_or_the_new_checkpoint(tmp_path, after):
+    counting = CrashingDisk(0, False)
+    save(tmp_path / "count", 1, *contents(1.0), disk=counting)
+    seen = set()
+    for point in range(1, counting.count + 1):
+        root = tmp_path / f"{point}"
+        save(root, 1, *contents(1.0))
+        with pytest.raises(KeyboardInterrupt):
+            save(root, 2, *contents(2.0), disk=CrashingDisk(point, after))
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")  # nothing damaged may stand under a final name
+            found = latest(root)
+        step = checkpoint.step_of(found)
+        assert_holds(found, float(step))
+        seen.add(step)
+        assert_holds(save(root, 2, *contents(2.0)), 2.0)  # the next save cleans up and succeeds
+        assert not list(root.glob(".saving-*"))
+    assert seen == {1, 2}
+
+
+def test_every_damage_is_detected_and_the_older_checkpoint_is_used(tmp_path):
+    save(tmp_path, 1, *contents(1.0))
+    newest = save(tmp_path, 2, *contents(2.0))
+    generator = torch.Generator().manual_seed(0)
+    for file in sorted(newest.iterdir()):
+        original = file.read_bytes()
+        positions = torch.randint(len(original) * 8, (40,), generator=generator).tolist()
+        damaged = [_flip(original, bit) for bit in positions] + [original[:-1], original[: len(original) // 2], b"", original + b" "]
+        for data in damaged:
+            file.write_bytes(data)
+            with pytest.raises(CheckpointError, match=file.name):
+                load(newest)
+        with pytest.warns(UserWarning, match="DAMAGED CHECKPOINT"):
+            assert_holds(latest(tmp_path), 1.0)
+        file.write_bytes(original)
+    (newest / "meta.json").unlink()
+    with pytest.raises(CheckpointError, match=r"meta\.json"):
+        load(newest)
+
+
+def _flip(data: bytes, bit: int) -> bytes:
+    changed = bytearray(data)
+    changed[bit // 8] ^= 1 << (bit % 8)
+    return bytes(changed)
+
+
+def test_saving_over_a_damaged_checkpoint_sets_it_aside(tmp_path):
+    path = save(tmp_path, 5, *contents(5.0))
+    (path / "model.safetensors").write_bytes(b"nonsense")
+    with pytest.warns(UserWarning, match="set aside"):
+        save(tmp_path, 5, *contents(6.0))
+    assert_holds(path, 6.0)
+    assert (tmp_path / "damaged-step-00000005" / "model.safetensors").read_bytes() == b"nonsense"
+
+
+def test_prune_keeps_the_newest_valid_ones_and_the_marked_ones(tmp_path):
+    for step in range(1, 7):
+        model, optimizer, meta = contents(float(step))
+        save(tmp_path, step, model, optimizer, meta | {"keep": step == 2})
+    (tmp_path / "step-00000006" / "model.safetensors").write_bytes(b"")
+    prune(tmp_path, keep_last=2)
+    left = [checkpoint.step_of(p) for p in checkpoint.checkpoints(tmp_path)]
+    assert left == [6, 5, 4, 2]  # 6 is damaged: evidence, and not counted among the two newest
+
+
+def test_format_of_another_version_is_refused(tmp_path):
+    path = save(tmp_path, 1, *contents(1.0))
+    manifest = json.loads((path / "manifest.json").read_bytes()[:-64])
+    (path / "manifest.json").write_bytes(checkpoint._seal(manifest | {"format": 99}))
+    with pytest.raises(CheckpointError, match="format 99"):
+        load(path)
+
+
+def test_disk_errors_name_the_path_and_leave_the_previous_checkpoint(tmp_path):
+    class Full(Disk):
+        def write(self, path, data):
+            raise OSError(28, "No space left on device", str(path))
+
+    save(tmp_path, 1, *contents(1.0))
+    with pytest.raises(OSError, match="No space left on device.*model.safetensors"):
+        save(tmp_path, 2, *contents(2.0), disk=Full())
+    assert_holds(latest(tmp_path), 1.0)
