@@ -60,10 +60,9 @@ def _canonical(value: Any) -> bytes:
     return json.dumps(value, sort_keys=True, indent=1).encode() + b"\n"
 
 
-def _seal(manifest: dict[str, Any]) -> bytes:
-    """The manifest's text, which ends in its own SHA-256."""
-    body = _canonical(manifest)
-    return body + hashlib.sha256(body).hexdigest().encode()
+def _seal(manifest: Mapping[str, Any]) -> bytes:
+    """The manifest's text, with the SHA-256 of the rest of it inside."""
+    return _canonical({**manifest, "sha256": hashlib.sha256(_canonical(manifest)).hexdigest()})
 
 
 def step_of(path: Path) -> int:
@@ -141,10 +140,14 @@ def _read(path: Path) -> dict[str, bytes]:
         raw = (path / _MANIFEST).read_bytes()
     except OSError as error:
         raise CheckpointError(f"{path / _MANIFEST}: cannot be read ({error})") from error
-    body, seal = raw[:-64], raw[-64:]
-    if hashlib.sha256(body).hexdigest().encode() != seal:
-        raise CheckpointError(f"{path / _MANIFEST}: damaged (its own SHA-256 differs)")
-    manifest = json.loads(body)
+    try:
+        manifest = json.loads(raw)
+        del manifest["sha256"]
+        intact = _seal(manifest) == raw
+    except (ValueError, KeyError, TypeError, RecursionError):
+        intact = False
+    if not intact:
+        raise CheckpointError(f"{path / _MANIFEST}: damaged (not the text that was written)")
     if manifest["format"] != FORMAT:
         raise CheckpointError(f"{path}: checkpoint format {manifest['format']}, this version reads {FORMAT}")
     contents = {}

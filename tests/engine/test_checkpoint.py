@@ -135,7 +135,8 @@ def test_prune_keeps_the_newest_valid_ones_and_the_marked_ones(tmp_path):
 
 def test_format_of_another_version_is_refused(tmp_path):
     path = save(tmp_path, 1, *contents(1.0))
-    manifest = json.loads((path / "manifest.json").read_bytes()[:-64])
+    manifest = json.loads((path / "manifest.json").read_text())
+    del manifest["sha256"]
     (path / "manifest.json").write_bytes(checkpoint._seal(manifest | {"format": 99}))
     with pytest.raises(CheckpointError, match="format 99"):
         load(path)
