@@ -1,0 +1,82 @@
+"""Backbones, projection head, and the student-teacher pair built from a configuration."""
+
+from __future__ import annotations
+
+import copy
+import difflib
+from collections.abc import Sequence
+
+from torch import Tensor, nn
+
+from fastdino.config import Config, ModelConfig
+from fastdino.models.head import DINOHead
+from fastdino.models.vit import VisionTransformer, vit_base, vit_small, vit_tiny
+
+__all__ = [
+    "DINOHead",
+    "MultiCropModel",
+    "VisionTransformer",
+    "build_backbone",
+    "build_model",
+    "build_student_teacher",
+    "vit_base",
+    "vit_small",
+    "vit_tiny",
+]
+
+BACKBONES = {"vit_tiny": vit_tiny, "vit_small": vit_small, "vit_base": vit_base}
+
+
+class MultiCropModel(nn.Module):
+    """Backbone and head; parameters are named ``backbone.*`` and ``head.*``."""
+
+    def __init__(self, backbone: VisionTransformer, head: DINOHead) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.head = head
+
+    def forward(self, crops: Tensor | Sequence[Tensor]) -> Tensor:
+        """Crops, [B, C, H, W] or a sequence of such, -> bottleneck features [sum of B, D] (see ``DINOHead.bottleneck``)."""
+        return self.head.bottleneck(self.backbone(crops))
+
+
+def build_backbone(model: ModelConfig, *, drop_path_rate: float = 0.0, img_size: int = 224) -> VisionTransformer:
+    """The backbone a configuration describes. ValueError for an unknown ``arch`` or sizes that do not fit together."""
+    arch = model.arch.replace("deit", "vit")
+    if arch not in BACKBONES:
+        close = difflib.get_close_matches(arch, BACKBONES, n=1)
+        hint = f"; did you mean {close[0]}?" if close else ""
+        raise ValueError(f"arch must be one of {', '.join(BACKBONES)}, got {model.arch!r}{hint}")
+    sizes = {"embed_dim": model.embed_dim, "depth": model.depth, "num_heads": model.num_heads}
+    return BACKBONES[arch](
+        patch_size=model.patch_size,
+        in_chans=model.in_chans,
+        img_size=img_size,
+        drop_path_rate=drop_path_rate,
+        **{name: value for name, value in sizes.items() if value is not None},
+    )
+
+
+def build_model(model: ModelConfig, *, drop_path_rate: float = 0.0, img_size: int = 224) -> MultiCropModel:
+    """Backbone with a fresh projection head."""
+    backbone = build_backbone(model, drop_path_rate=drop_path_rate, img_size=img_size)
+    head = DINOHead(
+        backbone.embed_dim,
+        model.out_dim,
+        use_bn=model.use_bn_in_head,
+        norm_last_layer=model.norm_last_layer,
+        nlayers=model.head_layers,
+        hidden_dim=model.head_hidden_dim,
+        bottleneck_dim=model.bottleneck_dim,
+        act=model.head_act,
+    )
+    return MultiCropModel(backbone, head)
+
+
+def build_student_teacher(config: Config) -> tuple[MultiCropModel, MultiCropModel]:
+    """Student and teacher with equal weights; the teacher has no stochastic depth and takes no gradients."""
+    img_size = config.crops.global_crops_size
+    student = build_model(config.model, drop_path_rate=config.model.drop_path_rate, img_size=img_size)
+    teacher = copy.deepcopy(student).requires_grad_(False)
+    teacher.backbone.drop_path_rate = 0.0
+    return student, teacher

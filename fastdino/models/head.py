@@ -1,0 +1,100 @@
+"""The DINO projection head (arXiv 2104.14294, section 3.2 and appendix C).
+
+An MLP, an l2-normalised bottleneck, and a bias-free, weight-normalised linear layer onto K prototypes. Loss kernels never see the
+K logits of a row: they take ``bottleneck(x)`` and ``weight()``, whose product the logits are.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastdino.models.vit import init_linear
+
+ACTIVATIONS: dict[str, type[nn.Module]] = {"gelu": nn.GELU, "relu": nn.ReLU}
+
+
+class WeightNormLinear(nn.Module):
+    """``x W^T`` with rows ``W_k = g_k v_k / |v_k|``; parameters under the official names, gains [K, 1] starting at 1."""
+
+    def __init__(self, in_dim: int, out_dim: int) -> None:
+        super().__init__()
+        self.weight_g = nn.Parameter(torch.ones(out_dim, 1))
+        self.weight_v = nn.Parameter(nn.Linear(in_dim, out_dim, bias=False).weight.detach())
+
+    def weight(self) -> Tensor:
+        """[K, in_dim]."""
+        return torch._weight_norm(self.weight_v, self.weight_g, 0)
+
+
+class DINOHead(nn.Module):
+    """Projection head, [R, in_dim] -> [R, out_dim].
+
+    ``nlayers`` counts the linear layers that map ``in_dim`` to the bottleneck through ``hidden_dim``; the prototype layer
+    ``last_layer`` comes on top. With ``bottleneck_dim`` 0 there is no bottleneck, no normalisation and no weight norm: ``nlayers``
+    plain linear layers in all, the last of them (still named ``last_layer``) ending at ``out_dim``, with bias.
+    ``norm_last_layer`` freezes the gains of the prototypes at 1.
+    """
+
+    def __init__(
+        self,
+        in_dim: int,
+        out_dim: int,
+        use_bn: bool = False,
+        norm_last_layer: bool = True,
+        nlayers: int = 3,
+        hidden_dim: int = 2048,
+        bottleneck_dim: int = 256,
+        act: str = "gelu",
+    ) -> None:
+        super().__init__()
+        for name, value in (("in_dim", in_dim), ("out_dim", out_dim), ("nlayers", nlayers), ("hidden_dim", hidden_dim)):
+            if value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
+        if bottleneck_dim < 0:
+            raise ValueError(f"bottleneck_dim must be positive, or 0 for none, got {bottleneck_dim}")
+        if act not in ACTIVATIONS:
+            raise ValueError(f"act must be one of {', '.join(ACTIVATIONS)}, got {act!r}")
+        self.out_dim = out_dim
+        layers: list[nn.Module] = []
+        width = in_dim
+        for _ in range(nlayers - 1):
+            layers.append(nn.Linear(width, hidden_dim))
+            if use_bn:
+                layers.append(nn.BatchNorm1d(hidden_dim))
+            layers.append(ACTIVATIONS[act]())
+            width = hidden_dim
+        if bottleneck_dim:
+            layers.append(nn.Linear(width, bottleneck_dim))
+        # A single linear layer is not wrapped, so that its parameters have the official names mlp.weight and mlp.bias.
+        self.mlp = layers[0] if len(layers) == 1 else nn.Sequential(*layers)
+        self.last_layer: nn.Linear | WeightNormLinear
+        if bottleneck_dim:
+            self.apply(init_linear)
+            self.last_layer = WeightNormLinear(bottleneck_dim, out_dim)
+            self.last_layer.weight_g.requires_grad_(not norm_last_layer)
+        else:
+            self.last_layer = nn.Linear(width, out_dim)
+            self.apply(init_linear)
+
+    def bottleneck(self, x: Tensor) -> Tensor:
+        """Features [R, in_dim] -> what the prototypes see, [R, D], fp32 at least; unit rows if the head has a bottleneck.
+
+        Without a bottleneck it is the hidden layer with a 1 appended, the partner of the bias column of :meth:`weight`.
+        """
+        x = self.mlp(x)
+        x = x.to(torch.promote_types(x.dtype, torch.float32))
+        if isinstance(self.last_layer, WeightNormLinear):
+            return F.normalize(x, dim=-1)
+        return F.pad(x, (0, 1), value=1.0)
+
+    def weight(self) -> Tensor:
+        """Effective prototypes [out_dim, D]: ``forward(x) == bottleneck(x) @ weight().T``."""
+        if isinstance(self.last_layer, WeightNormLinear):
+            return self.last_layer.weight()
+        return torch.cat((self.last_layer.weight, self.last_layer.bias[:, None]), dim=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits [R, out_dim] of features [R, in_dim]."""
+        return F.linear(self.bottleneck(x), self.weight())
