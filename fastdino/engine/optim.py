@@ -72,7 +72,7 @@ class Updater:
             group["weight_decay"] = hyper.weight_decay if index == 0 else 0.0
         if isinstance(self.optimizer, AdamWEMA):
             result = self.optimizer.step(momentum=hyper.momentum, grad_scale=grad_scale, skip=skip)
-            return Update(bool(result.found_inf), result.grad_norms)
+            return Update(skip or bool(result.found_inf), result.grad_norms)
         trained = [p for p in self.parameters() if p.grad is not None]
         gradients = [p.grad for p in trained if p.grad is not None]
         if grad_scale != 1.0:
