@@ -1,0 +1,179 @@
+"""Whole runs as a user starts them: logs, resume after a kill, preemption, several processes, hopeless inputs."""
+
+import json
+import signal
+import subprocess
+import time
+
+import pytest
+import torch
+from conftest import command, environment, train
+
+from fastdino.engine import checkpoint
+
+
+def final(out):
+    path = checkpoint.latest(out / "checkpoints")
+    return checkpoint.load(path)
+
+
+def lines(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def assert_same_run(a, b):
+    """Bitwise the same weights, optimizer, center, counters and logs."""
+    (model_a, optimizer_a, meta_a), (model_b, optimizer_b, meta_b) = final(a), final(b)
+    for one, two in ((model_a, model_b), (optimizer_a, optimizer_b)):
+        assert one.keys() == two.keys()
+        assert [k for k in one if not torch.equal(one[k], two[k])] == []
+    for key in ("step", "epoch", "counters", "epoch_sums", "identity"):
+        assert meta_a[key] == meta_b[key], key
+    assert lines(a / "log.txt") == lines(b / "log.txt")
+    for one, two in zip(lines(a / "metrics.jsonl"), lines(b / "metrics.jsonl"), strict=True):
+        assert (one["step"], one["loss"], one["lr"]) == (two["step"], two["loss"], two["lr"]) or one["step"] % 4
+
+
+@pytest.fixture(scope="session")
+def uninterrupted(images, tmp_path_factory):
+    out = tmp_path_factory.mktemp("runs") / "whole"
+    train(images, out, "--drop_path_rate", "0.1")
+    return out
+
+
+def test_a_run_writes_what_it_promises(uninterrupted):
+    log = lines(uninterrupted / "log.txt")
+    assert [r["epoch"] for r in log] == [0, 1]
+    assert {"train_loss", "train_lr", "train_wd", "epoch"} <= log[0].keys()
+    metrics = lines(uninterrupted / "metrics.jsonl")
+    assert [r["step"] for r in metrics] == [4, 8, 12, 16, 20, 24]
+    wanted = "step epoch loss lr wd momentum teacher_temp teacher_entropy kl img_s t_data t_forward t_backward t_update bad_steps time"
+    assert set(wanted.split()) <= metrics[0].keys()
+    assert metrics[0]["loss"] == pytest.approx(metrics[0]["teacher_entropy"] + metrics[0]["kl"], rel=1e-4)
+    assert (uninterrupted / "crops.png").read_bytes().startswith(b"\x89PNG")
+    facts = json.loads((uninterrupted / "environment.json").read_text())
+    assert facts["images"] == 96 and facts["steps_per_epoch"] == 12
+    assert "embed_dim: 32" in (uninterrupted / "config.yaml").read_text()
+    assert final(uninterrupted)[2]["step"] == 24
+
+
+def test_repeating_a_run_gives_the_same_bits(images, uninterrupted, tmp_path):
+    train(images, tmp_path / "again", "--drop_path_rate", "0.1", "--num_workers", "2", "--cache_decoded", "off")
+    assert_same_run(uninterrupted, tmp_path / "again")
+
+
+@pytest.mark.parametrize("sent", [signal.SIGKILL, signal.SIGTERM])
+def test_a_killed_run_continues_bitwise(images, uninterrupted, tmp_path, sent):
+    out = tmp_path / "killed"
+    flags = ("--drop_path_rate", "0.1", "--save_every", "5")
+    process = subprocess.Popen(
+        command(images, out, *flags), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment(), cwd=tmp_path
+    )
+    deadline = time.monotonic() + 120
+    while not (out / "checkpoints" / "step-00000005").exists():  # in the middle of the first epoch
+        assert time.monotonic() < deadline and process.poll() is None, process.stdout.read()
+        time.sleep(0.002)
+    process.send_signal(sent)
+    text = process.communicate(timeout=30)[0]
+    reached = checkpoint.step_of(checkpoint.latest(out / "checkpoints"))
+    assert reached < 24, "the run ended before the signal came"
+    if sent == signal.SIGTERM:
+        assert process.returncode == 143 and "SIGTERM" in text
+    else:
+        assert process.returncode == -signal.SIGKILL
+    done = train(images, out, *flags)
+    assert f"continuing after step {reached}" in done.stdout
+    assert_same_run(uninterrupted, out)
+    again = train(images, out, *flags)  # a finished run has nothing left to do
+    assert "continuing after step 24" in again.stdout
+    assert_same_run(uninterrupted, out)
+
+
+def test_a_damaged_newest_checkpoint_falls_back_loudly(images, uninterrupted, tmp_path):
+    out = tmp_path / "run"
+    flags = ("--drop_path_rate", "0.1", "--save_every", "5")
+    train(images, out, *flags, "--max_steps", "15")
+    newest = checkpoint.latest(out / "checkpoints")
+    data = bytearray((newest / "model.safetensors").read_bytes())
+    data[len(data) // 2] ^= 4
+    (newest / "model.safetensors").write_bytes(data)
+    done = train(images, out, *flags)
+    assert "DAMAGED CHECKPOINT" in done.stderr and "model.safetensors" in done.stderr
+    assert "continuing after step 12" in done.stdout
+    assert_same_run(uninterrupted, out)
+
+
+@pytest.mark.parametrize("accumulate", [False, True])
+def test_two_processes_equal_one(images, tmp_path, accumulate):
+    common = ("--drop_path_rate", "0", "--batch_size", "16", "--precision", "fp32", "--lr", "0.002")
+    per_process = "4" if accumulate else "8"
+    train(images, tmp_path / "one", *common, "--batch_size_per_gpu", "16")
+    train(images, tmp_path / "two", *common, "--batch_size_per_gpu", per_process, processes=2)
+    (one, _, meta_one), (two, _, meta_two) = final(tmp_path / "one"), final(tmp_path / "two")
+    assert meta_two["world_size"] == 2 and meta_two["step"] == meta_one["step"] == 12
+    for name in one:
+        a, b = one[name], two[name]
+        if name.endswith("qkv.bias"):  # the keys' bias has no gradient but rounding noise
+            d = a.numel() // 3
+            a, b = torch.cat([a[:d], a[2 * d :]]), torch.cat([b[:d], b[2 * d :]])
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4, msg=lambda m, n=name: f"{n}: {m}")
+    for a, b in zip(lines(tmp_path / "one/log.txt"), lines(tmp_path / "two/log.txt"), strict=True):
+        assert a["train_loss"] == pytest.approx(b["train_loss"], rel=1e-4)
+
+
+def test_resuming_with_another_number_of_processes_continues_at_the_right_sample(images, tmp_path):
+    common = ("--drop_path_rate", "0", "--batch_size", "16", "--precision", "fp32", "--lr", "0.002")
+    train(images, tmp_path / "one", *common, "--batch_size_per_gpu", "16")
+    out = tmp_path / "mixed"
+    train(images, out, *common, "--batch_size_per_gpu", "8", "--max_steps", "4", processes=2)
+    done = train(images, out, *common, "--batch_size_per_gpu", "16")
+    assert "continuing after step 4" in done.stdout
+    for a, b in zip(lines(tmp_path / "one/log.txt"), lines(out / "log.txt"), strict=True):
+        assert a["train_loss"] == pytest.approx(b["train_loss"], rel=1e-4)
+
+
+def test_sigterm_under_torchrun_saves(images, tmp_path):
+    out = tmp_path / "run"
+    process = subprocess.Popen(
+        command(images, out, "--epochs", "200", processes=2),
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment(), cwd=tmp_path,
+    )  # fmt: skip
+    deadline = time.monotonic() + 120
+    while not (out / "metrics.jsonl").exists():
+        assert time.monotonic() < deadline and process.poll() is None, process.stdout.read()
+        time.sleep(0.01)
+    start = time.monotonic()
+    process.send_signal(signal.SIGTERM)
+    text = process.communicate(timeout=60)[0]
+    assert process.returncode != 0
+    assert time.monotonic() - start < 30
+    path = checkpoint.latest(out / "checkpoints")
+    assert path is not None and f"after step {checkpoint.step_of(path)}" in text, text
+
+
+def test_another_model_in_the_same_directory_is_refused(images, uninterrupted, tmp_path):
+    done = train(images, uninterrupted, "--drop_path_rate", "0.1", "--out_dim", "128", code=1)
+    assert "--out_dim: checkpoint 64, now 128" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_endless_nan_stops_with_a_clean_checkpoint(images, tmp_path):
+    out = tmp_path / "run"
+    done = train(images, out, "--lr", "1e30", "--clip_grad", "0", "--max_bad_steps", "3", code=1)
+    assert "--max_bad_steps" in done.stdout
+    model, optimizer, _ = final(out)
+    assert all(t.isfinite().all() for t in [*model.values(), *optimizer.values()])
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--batch_size", "1000"), "96 usable images"),
+        (("--batch_size", "12", "--batch_size_per_gpu", "8"), "--batch_size_per_gpu"),
+        (("--data_path", "/nonexistent/folder"), "/nonexistent/folder"),
+    ],
+)
+def test_hopeless_input_is_refused_in_one_line(images, tmp_path, flags, message):
+    done = train(images, tmp_path / "run", *flags, code=2)
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr and len(done.stderr.strip().splitlines()) <= 3
