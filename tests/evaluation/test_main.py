@@ -1,0 +1,113 @@
+"""The command line: fast help, official flag names, one-line errors, results on disk and on screen."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from fastdino.evaluation.__main__ import main
+
+SMALL = ["--weights", "random", "--arch", "vit_tiny", "--device", "cpu"]
+
+
+@pytest.fixture
+def dataset(tmp_path):
+    rng = np.random.default_rng(0)
+    for split, count in (("train", 6), ("val", 2)):
+        for name, color in (("dark", 40), ("light", 200)):
+            folder = tmp_path / split / name
+            folder.mkdir(parents=True)
+            for i in range(count):
+                pixels = (color + rng.integers(-20, 20, (24, 24, 3))).astype(np.uint8)
+                Image.fromarray(pixels).save(folder / f"{i}.jpg")
+    return tmp_path
+
+
+def test_help_needs_no_torch():
+    code = (
+        "import sys, fastdino.evaluation.__main__ as m\n"
+        "for words in (['--help'], ['knn', '--help'], ['attention', '--help'], ['jaccard', '--help']):\n"
+        "    try: m.main(words)\n"
+        "    except SystemExit as e: assert e.code == 0\n"
+        "heavy = {'torch', 'numpy', 'PIL', 'matplotlib'} & set(sys.modules)\n"
+        "assert not heavy, heavy\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert (
+        "--nb_knn" in done.stdout and "--threshold" in done.stdout and "--pretrained_weights" in done.stdout
+    )
+
+
+def test_knn_on_fewer_images_than_neighbours_and_features_on_disk(dataset, capsys):
+    features = dataset / "features"
+    line = ["knn", *SMALL, "--data_path", str(dataset), "--nb_knn", "5", "200", "--image_size", "32"]
+    assert main([*line, "--use_cuda", "false", "--dump_features", str(features), "--local_rank=0"]) == 0
+    first = capsys.readouterr().out
+    assert "12 images in the memory bank, 4 held-out images, 2 classes" in first
+    assert "5-NN classifier result: Top1: 100.00, Top5: 100.00" in first and "200-NN" in first
+    bank = torch.load(features / "trainfeat.pth", weights_only=True)
+    assert bank.shape == (12, 192) and torch.allclose(bank.norm(dim=1), torch.ones(12))
+    assert main(["knn", "--load_features", str(features), "--nb_knn", "5", "200"]) == 0
+    assert capsys.readouterr().out == first
+
+
+def test_attention_of_a_folder_and_of_one_file(dataset, capsys):
+    out = dataset / "out"
+    line = ["attention", *SMALL, "--image_size", "32", "--threshold", "0.6", "--output_dir", str(out)]
+    assert main([*line, "--data_path", str(dataset / "val")]) == 0
+    assert sorted(p.relative_to(out).as_posix() for p in out.glob("*/*/attention.png")) == [
+        f"{name}/{i}.jpg/attention.png" for name in ("dark", "light") for i in range(2)
+    ]
+    assert main([*line, "--image_path", str(dataset / "val" / "dark" / "0.jpg")]) == 0
+    assert Image.open(out / "attn-head2.png").size == (32, 32)
+
+
+def test_jaccard(dataset, capsys):
+    masks = dataset / "masks"
+    for name in ("dark", "light"):
+        (masks / name).mkdir(parents=True)
+        pixels = np.zeros((24, 24), np.uint8)
+        pixels[:, 12:] = 255
+        Image.fromarray(pixels).save(masks / name / "1.png")
+    line = ["jaccard", *SMALL, "--image_size", "32", "--data_path", str(dataset / "val")]
+    assert main([*line, "--mask_path", str(masks), "--threshold", "1"]) == 0
+    # all patches hold all of the mass: half of the image is the object
+    assert (
+        "Jaccard of attention masks: 50.00 (best head per object, 2 images, 1 of the mass)"
+        in capsys.readouterr().out
+    )
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (["knn", "--weights", "random"], "--data_path"),
+        (["knn", "--weights", "random", "--data_path", "/nowhere"], "/nowhere"),
+        (["knn", "--load_features", "/nowhere"], "/nowhere/trainfeat.pth"),
+        (["attention", "--weights", "random", "--data_path", "/nowhere"], "/nowhere"),
+        (["attention", *SMALL, "--data_path", __file__, "--image_size", "1", "2", "3"], "--image_size"),
+        (["attention", *SMALL, "--data_path", __file__], "test_main.py"),
+        (["attention", "--data_path", __file__], "--weights"),
+    ],
+)
+def test_errors_are_one_line_and_exit_code_2(words, message, capsys):
+    assert main(words) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
+
+
+def test_bad_flag_values(capsys):
+    for words in (
+        ["knn", "--nb_knn", "0"],
+        ["jaccard", "--threshold", "1.5"],
+        ["knn", "--use_cuda", "maybe"],
+    ):
+        with pytest.raises(SystemExit) as stopped:
+            main(words)
+        assert stopped.value.code == 2
