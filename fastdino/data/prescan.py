@@ -1,0 +1,270 @@
+"""Look into every image once before training: drop those that cannot be decoded, and learn the sizes of the
+rest.
+
+The decoder is nvImageCodec on the CPU, the one DALI uses, so what passes here decodes later. Verdicts are
+kept in `prescan.npz` by path, size and modification time: a second run over the same files opens none of
+them.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import threading
+import zipfile
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from fastdino.data.manifest import Manifest, printable
+
+MAX_PIXELS = 178_956_970
+"""Largest image accepted, judged by its header (Pillow's limit for decompression bombs, 512 MiB as RGB)."""
+
+INSTALL_DALI = (
+    "pip install 'fastdino[dali-cu13]' (no GPU, or driver 580 and later) or "
+    "pip install 'fastdino[dali-cu12]' (older drivers, V100)"
+)
+
+CACHE_NAME, BAD_NAME = "prescan.npz", "bad_files.txt"
+_CHUNK = 32  # files per task of a thread
+
+log = logging.getLogger(__name__)
+
+
+class Verdict(NamedTuple):
+    """What is known of one file."""
+
+    height: int
+    width: int
+    reason: str
+    """Why the file cannot be used; empty for a good image."""
+
+
+def prescan(
+    manifest: Manifest, cache_dir: str | os.PathLike[str], num_threads: int = 0, progress: bool = True
+) -> Manifest:
+    """Decode every image once and return the manifest of the good ones, with their sizes.
+
+    Bad files are named in one warning (the first ten) and in `cache_dir`/bad_files.txt (all, with reasons).
+    `num_threads` 0 takes all cores. `progress` draws a bar if standard error is a terminal.
+
+    Raises ValueError if no image is left, ImportError if nvImageCodec is not installed.
+    """
+    folder = Path(cache_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    stamps = [_stamp(path) for path in manifest.paths]
+    verdicts = _load_cache(folder / CACHE_NAME, manifest.paths, stamps)
+    unknown = [i for i, verdict in enumerate(verdicts) if verdict is None]
+    if unknown:
+        try:
+            for i, verdict in _scan(manifest.paths, unknown, num_threads, progress):
+                verdicts[i] = verdict
+        finally:  # an interrupted scan goes on where it stopped
+            _save_cache(folder / CACHE_NAME, manifest.paths, stamps, verdicts)
+
+    known = [verdict for verdict in verdicts if verdict is not None]
+    bad = [(path, v.reason) for path, v in zip(manifest.paths, known, strict=True) if v.reason]
+    _report(bad, len(manifest), folder / BAD_NAME)
+    if len(bad) == len(manifest):
+        raise ValueError(
+            f"--data_path: none of the {len(manifest)} images of {printable(manifest.root)} can be used; "
+            f"the first one: {_line(*bad[0])}; all are listed in {printable(str(folder / BAD_NAME))}"
+        )
+    good = np.array([i for i, verdict in enumerate(known) if not verdict.reason], np.int64)
+    sizes = np.array([(verdict.height, verdict.width) for verdict in known], np.int32)
+    return Manifest(manifest.paths, manifest.labels, manifest.class_names, manifest.root, sizes).subset(good)
+
+
+# -------------------------------------------------------------------------------------------------- one image
+
+
+def inspect(path: str) -> Verdict:
+    """Read and decode one file; never raises for what the file holds."""
+    return _decode(path)[0]
+
+
+def decode(path: str) -> np.ndarray:
+    """The image as training sees it before cropping: uint8 [height, width, 3], EXIF orientation ignored.
+
+    Raises ValueError naming the file and what is wrong with it.
+    """
+    verdict, image = _decode(path)
+    if verdict.reason:
+        raise ValueError(_line(path, verdict.reason))
+    return np.asarray(image)
+
+
+def header_sizes(paths: list[str], num_threads: int = 0) -> np.ndarray:
+    """Height and width of each image by its header alone: int32 [n, 2], zeros where there is none to read."""
+
+    def size(path: str) -> tuple[int, int]:
+        verdict, stream = _open(path)
+        return (stream.height, stream.width) if not verdict.reason else (0, 0)
+
+    import_nvimgcodec()
+    with ThreadPoolExecutor(num_threads or os.cpu_count()) as pool:
+        return np.array(list(pool.map(size, paths)), np.int32).reshape(-1, 2)
+
+
+def _open(path: str) -> tuple[Verdict, Any]:
+    """Read a file and its header: a verdict and, if that is good, the encoded image."""
+    try:
+        content = Path(path).read_bytes()
+    except OSError as error:
+        return Verdict(0, 0, f"cannot be read: {error.strerror}"), None
+    if not content:
+        return Verdict(0, 0, "empty file"), None
+    try:
+        stream = import_nvimgcodec().CodeStream(content)
+        height, width = stream.height, stream.width
+    except RuntimeError:
+        return Verdict(0, 0, f"not an image of a known format (starts with {content[:8]!r})"), None
+    if height * width > MAX_PIXELS:
+        return Verdict(0, 0, f"{width} x {height} pixels, more than the limit of {MAX_PIXELS:,}"), None
+    return Verdict(height, width, ""), stream
+
+
+def _decode(path: str) -> tuple[Verdict, Any]:
+    verdict, stream = _open(path)
+    if verdict.reason:
+        return verdict, None
+    nvimgcodec = import_nvimgcodec()
+    image = _decoder(nvimgcodec).decode(stream, params=_decode_params(nvimgcodec))
+    if image is None:
+        return Verdict(0, 0, f"damaged {stream.codec_name} image"), None
+    return Verdict(image.height, image.width, ""), image
+
+
+def import_nvimgcodec() -> Any:
+    """The nvidia.nvimgcodec module; ImportError says how to install it."""
+    # Its own complaints name no file; ours do. Read once, when the module is first imported.
+    os.environ.setdefault("PYNVIMGCODEC_VERBOSITY", "0")
+    try:
+        from nvidia import nvimgcodec
+    except ImportError as error:
+        raise ImportError(f"NVIDIA DALI decodes the images but is not installed: {INSTALL_DALI}") from error
+    return nvimgcodec
+
+
+_per_thread = threading.local()
+
+
+def _decoder(nvimgcodec: Any) -> Any:
+    # One single-threaded decoder per thread: on small images over twice as fast as one decoder given batches.
+    if not hasattr(_per_thread, "decoder"):
+        _per_thread.decoder = nvimgcodec.Decoder(
+            device_id=nvimgcodec.NVIMGCODEC_DEVICE_CPU_ONLY,
+            max_num_cpu_threads=1,
+            # Without this nothing decodes on a machine that has no GPU.
+            backends=[nvimgcodec.Backend(nvimgcodec.CPU_ONLY)],
+        )
+    return _per_thread.decoder
+
+
+def _decode_params(nvimgcodec: Any) -> Any:
+    return nvimgcodec.DecodeParams(apply_exif_orientation=False, color_spec=nvimgcodec.SRGB)
+
+
+# ------------------------------------------------------------------------------------------------- all images
+
+
+def _scan(
+    paths: list[str], indices: list[int], num_threads: int, progress: bool
+) -> Iterator[tuple[int, Verdict]]:
+    """Verdicts of the files at `indices`, as they come in."""
+    import_nvimgcodec()  # a missing package is an error here, not in a thread
+    chunks = [indices[k : k + _CHUNK] for k in range(0, len(indices), _CHUNK)]
+    with ThreadPoolExecutor(num_threads or os.cpu_count(), thread_name_prefix="prescan") as pool:
+        results = pool.map(lambda chunk: [inspect(paths[i]) for i in chunk], chunks)
+        try:
+            for chunk, verdicts in zip(_track(chunks, progress), results, strict=True):
+                yield from zip(chunk, verdicts, strict=True)
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+
+
+def _track(chunks: list[list[int]], progress: bool) -> Iterator[list[int]]:
+    """The chunks, with a progress bar that counts files."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    console = Console(stderr=True)
+    columns = (TextColumn("checking images"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, disable=not (progress and sys.stderr.isatty())) as bar:
+        task = bar.add_task("", total=sum(map(len, chunks)))
+        for chunk in chunks:
+            yield chunk
+            bar.advance(task, len(chunk))
+
+
+def _report(bad: list[tuple[str, str]], total: int, path: Path) -> None:
+    if not bad:
+        path.unlink(missing_ok=True)
+        return
+    path.write_text("".join(_line(*entry) + "\n" for entry in bad), encoding="utf-8")
+    first = "".join(f"\n  {_line(*entry)}" for entry in bad[:10])
+    log.warning(
+        "%d of %d images cannot be used and are left out (all listed in %s):%s%s",
+        len(bad), total, printable(str(path)), first, "\n  ..." if len(bad) > 10 else "",
+    )  # fmt: skip
+
+
+def _line(path: str, reason: str) -> str:
+    return f"{printable(path)}: {reason}"
+
+
+# ------------------------------------------------------------------------------------------------------ cache
+
+
+def _stamp(path: str) -> tuple[int, int]:
+    """Size and modification time; (-1, -1), which matches no cached entry, for a file that cannot be looked
+    at."""
+    try:
+        status = os.stat(path)
+    except OSError:
+        return -1, -1
+    return status.st_size, status.st_mtime_ns
+
+
+def _load_cache(path: Path, paths: list[str], stamps: list[tuple[int, int]]) -> list[Verdict | None]:
+    """The verdicts that still hold, None for files that are new or have changed."""
+    try:
+        with np.load(path, allow_pickle=False) as cache:
+            keys = cache["paths"].tobytes().split(b"\0")
+            cached_stamps, sizes = cache["stamps"].tolist(), cache["sizes"].tolist()
+            reasons = cache["reasons"].tobytes().decode().split("\0")
+    except FileNotFoundError:
+        return [None] * len(paths)
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+        log.warning("cannot read %s (%s): all images are checked again", printable(str(path)), error)
+        return [None] * len(paths)
+    cached = dict(zip(keys, zip(cached_stamps, sizes, reasons, strict=False), strict=False))
+    verdicts: list[Verdict | None] = []
+    for name, stamp in zip(paths, stamps, strict=True):
+        entry = cached.get(os.fsencode(os.path.abspath(name)))
+        valid = entry is not None and tuple(entry[0]) == stamp != (-1, -1)
+        verdicts.append(Verdict(*entry[1], entry[2]) if valid and entry is not None else None)
+    return verdicts
+
+
+def _save_cache(
+    path: Path, paths: list[str], stamps: list[tuple[int, int]], verdicts: list[Verdict | None]
+) -> None:
+    known = [i for i, verdict in enumerate(verdicts) if verdict is not None]
+    found = [verdict for verdict in verdicts if verdict is not None]
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    with open(temporary, "wb") as file:
+        np.savez(
+            file,
+            paths=np.frombuffer(b"\0".join(os.fsencode(os.path.abspath(paths[i])) for i in known), np.uint8),
+            stamps=np.array([stamps[i] for i in known], np.int64).reshape(-1, 2),
+            sizes=np.array([verdict[:2] for verdict in found], np.int32).reshape(-1, 2),
+            reasons=np.frombuffer("\0".join(verdict.reason for verdict in found).encode(), np.uint8),
+        )
+    os.replace(temporary, path)
