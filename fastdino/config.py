@@ -1,13 +1,25 @@
 """The whole configuration of a run: nested dataclasses whose fields are the command-line flags.
 
-Field names, types and defaults are those of the official ``main_dino.py`` wherever it has the flag; everything else is an
-addition. Groups become the sections of ``--help``. This module imports nothing heavier than the standard library.
+Field names, types and defaults are those of the official ``main_dino.py`` wherever it has the flag. Groups
+become the sections of ``--help``. Below the dataclasses: conversion to and from flags, YAML and nested
+dictionaries, then validation. This module imports nothing heavier than the standard library.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import difflib
+import importlib.util
+import math
+import os
+import types
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from functools import cache
+from pathlib import Path
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+from fastdino.presets import PRESETS
 
 
 @dataclass
@@ -79,7 +91,7 @@ class OptimConfig:
     batch_size_per_gpu: int = 64
     """Images per process and forward pass."""
     batch_size: int | None = None
-    """Global batch; more than all processes hold at once means gradient accumulation. None: processes x batch_size_per_gpu."""
+    """Global batch, by gradient accumulation if need be; none: processes x batch_size_per_gpu."""
     epochs: int = 100
     """Epochs of training."""
     max_steps: int | None = None
@@ -95,7 +107,7 @@ class OptimConfig:
     optimizer: Literal["adamw", "sgd", "lars"] = "adamw"
     """Optimizer."""
     max_bad_steps: int = 10
-    """Steps with a NaN or infinite loss or gradient in a row before the run stops; such steps change nothing."""
+    """NaN or infinite steps in a row before the run stops; such steps change nothing."""
 
 
 @dataclass
@@ -119,13 +131,13 @@ class DataConfig:
     """Data."""
 
     data_path: str = "/path/to/imagenet/train/"
-    """Folder of class folders (searched recursively), flat folder of images, or text file with one path per line."""
+    """Folder of class folders, flat folder of images, or text file with one path per line."""
     num_workers: int = 10
     """Data threads per process."""
     prescan: Literal["auto", "on", "off"] = "auto"
     """Decode every file once beforehand and drop bad ones (cached); auto scans up to 200,000 files."""
     cache_decoded: Literal["auto", "on", "off"] = "auto"
-    """Keep decoded images in memory; auto does so when they fit into a quarter of the free memory and 2 GiB."""
+    """Keep decoded images in memory; auto: if they fit into a quarter of the free memory and 2 GiB."""
 
 
 @dataclass
@@ -133,9 +145,9 @@ class EvalConfig:
     """Evaluation during training and in the report."""
 
     eval_every: int = 0
-    """Epochs between k-NN evaluations of the teacher; 0 evaluates only at the end, and only with --eval_data_path."""
+    """Epochs between k-NN evaluations of the teacher; 0 evaluates at the end, if --eval_data_path."""
     eval_data_path: str | None = None
-    """Class folders with held-out images; the training images are the k-NN memory bank (a train/ + val/ pair inside wins)."""
+    """Held-out class folders; the memory bank is the training set, or train/ beside val/ inside it."""
     nb_knn: tuple[int, ...] = (10, 20)
     """Numbers of neighbours."""
     eval_bank_size: int = 20000
@@ -155,7 +167,7 @@ class RunConfig:
     save_every: int = 0
     """Steps between resume points; 0 saves at the end of each epoch."""
     resume: str = "auto"
-    """auto continues from the newest valid checkpoint of output_dir, none starts afresh, a path continues from that checkpoint."""
+    """auto: continue from the newest valid checkpoint of output_dir; none: start afresh; or a path."""
     seed: int = 0
     """Seed of weights, data order, crops and stochastic depth."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -183,3 +195,308 @@ class Config:
     data: DataConfig = field(default_factory=DataConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     run: RunConfig = field(default_factory=RunConfig)
+
+
+class ConfigError(ValueError):
+    """A flag with an impossible value: one line with the flag, what was expected and what came.
+
+    ``flag`` is the name without dashes.
+    """
+
+    def __init__(self, flag: str, message: str):
+        self.flag = flag
+        super().__init__(f"--{flag}: {message}")
+
+
+# Width, depth and heads of the backbones (Table 1 of the DINO paper; deit_* are the official code's aliases).
+ARCHITECTURES: dict[str, tuple[int, int, int]] = {
+    "vit_tiny": (192, 12, 3),
+    "vit_small": (384, 12, 6),
+    "vit_base": (768, 12, 12),
+    "deit_tiny": (192, 12, 3),
+    "deit_small": (384, 12, 6),
+}
+
+
+# -- flags, dictionaries, YAML ----------------------------------------------------------------------------
+
+def preset(name: str) -> dict[str, Any]:
+    """Flags of the preset ``name`` (hyphens and underscores are alike); ConfigError suggests the nearest."""
+    key = name.replace("_", "-")
+    if key not in PRESETS:
+        hint = _nearest(key, PRESETS) or "; see --list_presets"
+        raise ConfigError("preset", f"unknown name {name!r}{hint}")
+    return PRESETS[key]()
+
+
+@cache
+def _flags() -> dict[str, tuple[str, Any]]:
+    """Flag name -> (section, type)."""
+    return {
+        name: (section.name, kind)
+        for section in dataclasses.fields(Config)
+        for name, kind in get_type_hints(get_type_hints(Config)[section.name]).items()
+    }
+
+
+def _nearest(name: str, known: Any) -> str:
+    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
+    return f", did you mean {close[0]!r}?" if close else ""
+
+
+def as_flags(config: Config) -> dict[str, Any]:
+    """All values of ``config`` by flag name."""
+    return {name: getattr(getattr(config, section), name) for name, (section, _) in _flags().items()}
+
+
+def with_flags(config: Config, values: Mapping[str, Any], where: str = "") -> Config:
+    """A copy of ``config`` with ``values`` (flag name, hyphens allowed -> value) converted and set.
+
+    Raises ConfigError for an unknown flag (naming the nearest) or a value of another type; ``where`` says in
+    which file.
+    """
+    sections: dict[str, dict[str, Any]] = {}
+    for spelled, value in values.items():
+        name = str(spelled).replace("-", "_")
+        if name not in _flags():
+            raise ConfigError(name, f"unknown flag{where}{_nearest(name, _flags())}")
+        section, kind = _flags()[name]
+        try:
+            sections.setdefault(section, {})[name] = convert(value, kind)
+        except ValueError as error:
+            raise ConfigError(name, f"{error}{where}") from None
+    changed = {name: dataclasses.replace(getattr(config, name), **new) for name, new in sections.items()}
+    return dataclasses.replace(config, **changed)
+
+
+def convert(value: Any, kind: Any) -> Any:
+    """``value``, a word of a command line or an object from YAML, JSON or Python, as type ``kind`` of a flag.
+
+    Raises ValueError saying what was expected and what came.
+    """
+    origin, choices = get_origin(kind), get_args(kind)
+    if origin in (Union, types.UnionType):  # X | None
+        if value is None or (isinstance(value, str) and value.lower() in ("none", "null")):
+            return None
+        return convert(value, choices[0])
+    if origin is tuple:
+        return _convert_tuple(value, choices)
+    if origin is Literal:
+        if isinstance(value, bool) and "on" in choices:  # YAML reads a bare on or off as a boolean
+            value = "on" if value else "off"
+        if value in choices:
+            return value
+        raise ValueError(f"expected one of {', '.join(choices)}, got {value!r}")
+    if kind is bool:
+        known = {"true": True, "on": True, "1": True, "false": False, "off": False, "0": False}
+        if str(value).lower() in known:
+            return known[str(value).lower()]
+        raise ValueError(f"expected true or false, got {value!r}")
+    if kind is str:
+        if isinstance(value, (str, os.PathLike)):
+            return os.fspath(value)
+        raise ValueError(f"expected text, got {value!r}")
+    try:
+        number = kind(value)
+        if not isinstance(value, bool) and (isinstance(value, str) or number == value):
+            return number
+    except (TypeError, ValueError):
+        pass
+    raise ValueError(f"expected {'an integer' if kind is int else 'a number'}, got {value!r}")
+
+
+def _convert_tuple(value: Any, kinds: tuple[Any, ...]) -> tuple[Any, ...]:
+    words = value.replace(",", " ").split() if isinstance(value, str) else value
+    if kinds[-1] is Ellipsis:
+        words = words if isinstance(words, (list, tuple)) else [words]
+        return tuple(convert(word, kinds[0]) for word in words)
+    if not isinstance(words, (list, tuple)) or len(words) != len(kinds):
+        raise ValueError(f"expected {len(kinds)} numbers, got {value!r}")
+    return tuple(convert(word, kind) for word, kind in zip(words, kinds, strict=True))
+
+
+def _flatten(nested: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """Flags of a dictionary that may group them by section."""
+    flat: dict[str, Any] = {}
+    for name, value in nested.items():
+        if name in {section.name for section in dataclasses.fields(Config)}:
+            if not isinstance(value, Mapping):
+                raise ConfigError(name, f"expected the flags of this section{where}, got {value!r}")
+            flat.update(value)
+        else:
+            flat[name] = value
+    return flat
+
+
+def config_to_dict(config: Config) -> dict[str, Any]:
+    """Nested dictionary of plain values, as stored in a checkpoint."""
+    return dataclasses.asdict(config)
+
+
+def config_from_dict(nested: Mapping[str, Any]) -> Config:
+    """Inverse of :func:`config_to_dict`, also through JSON; missing flags take their defaults."""
+    where = " in the stored configuration"
+    return with_flags(Config(), _flatten(nested, where), where)
+
+
+def config_to_yaml(config: Config) -> str:
+    """Every flag as YAML, one comment per section; ``--config`` reads it back to the same configuration."""
+    import yaml
+
+    class Dumper(yaml.SafeDumper):
+        """Tuples on one line, [0.4, 1.0], instead of one value per line."""
+
+    def on_one_line(dumper: yaml.SafeDumper, value: tuple[Any, ...]) -> yaml.Node:
+        return dumper.represent_sequence("tag:yaml.org,2002:seq", value, flow_style=True)
+
+    Dumper.add_representer(tuple, on_one_line)
+    parts = []
+    for section, values in config_to_dict(config).items():
+        body = yaml.dump(values, Dumper=Dumper, sort_keys=False, allow_unicode=True)
+        parts.append(f"# {section}\n{body}")
+    return "\n".join(parts)
+
+
+def read_yaml(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Flags of a YAML file, flat or grouped by section, ``preset`` among them; ConfigError names the file."""
+    import yaml
+
+    try:
+        content = yaml.safe_load(Path(path).read_text("utf-8"))
+    except OSError as error:
+        raise ConfigError("config", f"cannot read {path}: {error.strerror}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError("config", f"{path} is not YAML: {' '.join(str(error).split())}") from None
+    if content is None:
+        return {}
+    if not isinstance(content, dict):
+        raise ConfigError("config", f"{path}: expected lines 'flag: value', got {type(content).__name__}")
+    return _flatten(content, f" in {path}")
+
+
+def layered(preset_name: str | None, yaml_path: str | os.PathLike[str] | None) -> Config:
+    """Defaults, then the preset (of the YAML file when ``preset_name`` is None), then the YAML file."""
+    from_file = read_yaml(yaml_path) if yaml_path is not None else {}
+    named = from_file.pop("preset", None)
+    chosen = preset_name if preset_name is not None else named
+    config = with_flags(Config(), preset(str(chosen))) if chosen is not None else Config()
+    return with_flags(config, from_file, f" in {yaml_path}")
+
+
+def config_from_flags(**flags: Any) -> Config:
+    """Configuration of keyword flags, ``preset`` and ``config`` (a YAML file) included, validated."""
+    base = layered(flags.pop("preset", None), flags.pop("config", None))
+    config = with_flags(base, flags)
+    validate(config)
+    return config
+
+
+# -- validation -------------------------------------------------------------------------------------------
+
+
+def launched_processes() -> int:
+    """Number of processes that torchrun started (its WORLD_SIZE), else 1."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def split_batch(config: Config, world_size: int) -> tuple[int, int, int]:
+    """``(global batch, micro-batch per process, micro-batches per step)``; ConfigError if none fits."""
+    per_process = config.optim.batch_size_per_gpu
+    total = config.optim.batch_size or per_process * world_size
+    if total % world_size:
+        raise ConfigError("batch_size", f"expected a multiple of the {world_size} processes, got {total}")
+    share = total // world_size
+    micro = min(per_process, share)
+    if share % micro:
+        fitting = max(size for size in range(1, micro + 1) if share % size == 0)
+        raise ConfigError(
+            "batch_size",
+            f"expected a multiple of {world_size} x --batch_size_per_gpu {per_process}, got {total}; "
+            f"--batch_size_per_gpu {fitting} fits",
+        )
+    return total, micro, share // micro
+
+
+def validate(config: Config, world_size: int | None = None) -> None:
+    """Raises ConfigError, naming the first bad flag, unless a run of ``world_size`` processes can start."""
+    _validate_model(config)
+    _validate_ranges(config)
+    crops = config.crops
+    for name in ("global_crops_scale", "local_crops_scale"):
+        low, high = getattr(crops, name)
+        if not 0.0 < low <= high <= 1.0:
+            raise ConfigError(name, f"expected two numbers with 0 < min <= max <= 1, got {low:g} {high:g}")
+    sizes = {"global_crops_size": crops.global_crops_size}
+    if crops.local_crops_number:
+        sizes["local_crops_size"] = crops.local_crops_size
+    for name, size in sizes.items():
+        if config.model.patch_size > size:
+            raise ConfigError(
+                "patch_size", f"expected at most --{name} ({size} pixels), got {config.model.patch_size}"
+            )
+    optim = config.optim
+    if optim.warmup_epochs > optim.epochs:
+        raise ConfigError(
+            "warmup_epochs",
+            f"expected at most --epochs {optim.epochs}, got {optim.warmup_epochs}; "
+            f"--warmup_epochs {optim.epochs // 10} is usual",
+        )
+    if not optim.use_fp16 and optim.precision in ("bf16", "fp16"):
+        raise ConfigError("precision", f"expected fp32 or auto with --use_fp16 false, got {optim.precision}")
+    if config.run.log == "wandb" and importlib.util.find_spec("wandb") is None:
+        raise ConfigError("log", "wandb is not installed (pip install wandb)")
+    split_batch(config, launched_processes() if world_size is None else world_size)
+
+
+def _validate_model(config: Config) -> None:
+    model = config.model
+    if model.arch not in ARCHITECTURES:
+        known, hint = ", ".join(ARCHITECTURES), _nearest(model.arch, ARCHITECTURES)
+        raise ConfigError("arch", f"expected a vision transformer ({known}), got {model.arch!r}{hint}")
+    if model.in_chans != 3:
+        raise ConfigError("in_chans", f"expected 3 (images are decoded to RGB), got {model.in_chans}")
+    if not 1 <= model.head_layers <= 4:
+        raise ConfigError("head_layers", f"expected 1 to 4, got {model.head_layers}")
+    for name in ("num_heads", "embed_dim", "depth"):
+        value = getattr(model, name)
+        if value is not None and value < 1:
+            raise ConfigError(name, f"expected a positive integer, got {value}")
+    width, _, heads = backbone_shape(model)
+    if width % heads:
+        blamed = "num_heads" if model.num_heads is not None else "embed_dim"
+        raise ConfigError(blamed, f"expected a width that the heads divide, got {heads} heads, width {width}")
+
+
+def backbone_shape(model: ModelConfig) -> tuple[int, int, int]:
+    """``(width, depth, heads)`` of the backbone, overrides included."""
+    width, depth, heads = ARCHITECTURES[model.arch]
+    return model.embed_dim or width, model.depth or depth, model.num_heads or heads
+
+
+_POSITIVE_INTEGERS = (
+    "patch_size out_dim head_hidden_dim batch_size_per_gpu batch_size epochs max_steps max_bad_steps "
+    "global_crops_size local_crops_size eval_bank_size eval_image_size log_every"
+).split()
+_NOT_NEGATIVE = (
+    "bottleneck_dim warmup_teacher_temp_epochs weight_decay weight_decay_end clip_grad freeze_last_layer "
+    "lr warmup_epochs min_lr local_crops_number num_workers eval_every saveckp_freq save_every seed"
+).split()
+_POSITIVE = ("warmup_teacher_temp", "teacher_temp", "student_temp")
+_FRACTIONS = ("momentum_teacher", "center_momentum")
+
+
+def _validate_ranges(config: Config) -> None:
+    flags = as_flags(config)
+    rules: list[tuple[tuple[str, ...] | list[str], str, Callable[[Any], bool]]] = [
+        (_POSITIVE_INTEGERS, "a positive integer", lambda value: value is None or value >= 1),
+        (_NOT_NEGATIVE, "a number >= 0", lambda value: 0 <= value < math.inf),
+        (_POSITIVE, "a number > 0", lambda value: 0 < value < math.inf),
+        (_FRACTIONS, "a number from 0 to 1", lambda value: 0 <= value <= 1),
+        (("drop_path_rate",), "a number >= 0 and < 1", lambda value: 0 <= value < 1),
+        (("nb_knn",), "positive integers", lambda value: len(value) > 0 and min(value) >= 1),
+        (("data_path", "output_dir"), "a path", lambda value: value != ""),
+    ]
+    for names, expected, holds in rules:
+        for name in names:
+            if not holds(flags[name]):
+                raise ConfigError(name, f"expected {expected}, got {flags[name]!r}")

@@ -1,0 +1,192 @@
+"""The command line of ``train.py``: tyro over the dataclasses of ``config.py``. Imports no torch."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import sys
+import textwrap
+import types
+from argparse import ArgumentParser
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NoReturn, Union, get_args, get_origin
+
+import tyro
+from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
+
+from fastdino.config import Config, ConfigError, config_to_yaml, convert, layered, validate
+from fastdino.presets import PRESETS
+
+_DESCRIPTION = """\
+Pretrain a vision transformer with DINO on a folder of images.
+
+  python train.py --data_path photos/ --output_dir runs/photos
+  torchrun --nproc_per_node=8 train.py --preset paper-100 --data_path imagenet/train --output_dir runs/p
+
+Order: preset, then YAML file, then flags. Booleans take true/false, on/off, 1/0, or nothing for true."""
+
+
+@dataclass
+class Actions:
+    """Start here."""
+
+    preset: str | None = None
+    """Named set of flags, see --list_presets."""
+    config: str | None = None
+    """YAML file of flags, for instance the config.yaml of another run."""
+    list_presets: bool = False
+    """Print the presets, what they change and the paper's figures, and exit."""
+    print_config: bool = False
+    """Print all flags as YAML for --config and exit."""
+    dry_run: bool = False
+    """Check everything, print model size, FLOPs, steps and estimated memory, and exit."""
+    preview_crops: int = 0
+    """Write a contact sheet of the exact crops of this many images and exit."""
+
+
+@dataclass
+class _Line(Config):
+    start: Actions = field(default_factory=Actions)
+
+
+def parse(argv: Sequence[str]) -> tuple[Config, Actions]:
+    """The validated configuration and what to do with it.
+
+    ``--help``, ``--list_presets`` and ``--print_config`` print and exit with 0; a bad flag prints one message
+    naming it and exits with 2, before any data is touched.
+    """
+    layers = ArgumentParser(add_help=False, allow_abbrev=False)
+    layers.add_argument("--preset", nargs="?")
+    layers.add_argument("--config", nargs="?")
+    chosen, _ = layers.parse_known_args(argv)
+    try:
+        base = layered(chosen.preset, chosen.config)
+        line = tyro.cli(
+            _Line,
+            prog="train.py",
+            description=_DESCRIPTION,
+            args=list(argv),
+            default=_Line(**_sections(base), start=Actions()),
+            use_underscores=True,
+            console_outputs=_first_process(),
+            config=(tyro.conf.OmitArgPrefixes, tyro.conf.FlagConversionOff),
+            registry=_registry(),
+        )
+        config = Config(**_sections(line))
+        if line.start.list_presets:
+            print(presets_table())
+            sys.exit(0)
+        if line.start.preview_crops < 0:
+            raise ConfigError("preview_crops", f"expected a number >= 0, got {line.start.preview_crops}")
+        validate(config)
+    except ConfigError as error:
+        fail(str(error))
+    if line.start.print_config:
+        print(config_to_yaml(config), end="")
+        sys.exit(0)
+    return config, line.start
+
+
+def main(argv: Sequence[str]) -> int:
+    """Parse ``argv`` and train, or do what an action flag asks for. Returns the exit code."""
+    config, actions = parse(argv)
+    if actions.dry_run or actions.preview_crops:
+        return _without_training(config, actions)
+    from fastdino.engine.trainer import Trainer
+
+    try:
+        trainer = Trainer(config)
+    except (ValueError, OSError) as error:
+        fail(str(error))
+    trainer.fit()
+    return 0
+
+
+def _without_training(config: Config, actions: Actions) -> int:
+    from rich.console import Console
+
+    from fastdino.config import launched_processes
+    from fastdino.data.manifest import build_manifest
+    from fastdino.dryrun import estimate, table
+
+    manifest = None
+    # The default of --data_path is a placeholder: without data, a dry run is a question about the model.
+    if actions.preview_crops or config.data.data_path != Config().data.data_path:
+        try:
+            manifest = build_manifest(config.data.data_path)
+        except (ValueError, OSError) as error:
+            fail(str(error))
+    if actions.dry_run:
+        result = estimate(config, None if manifest is None else len(manifest), launched_processes())
+        if result.steps_per_epoch == 0:
+            fail(f"--data_path {config.data.data_path}: fewer images than a batch of {result.global_batch}")
+        Console(width=None if sys.stdout.isatty() else 110).print(table(result, config))
+    if manifest is not None and actions.preview_crops:
+        from fastdino.data.preview import contact_sheet
+
+        path = Path(config.run.output_dir) / "crops.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        contact_sheet(manifest, config.crops, config.run.seed, actions.preview_crops, path)
+        print(path)
+    return 0
+
+
+def fail(message: str) -> NoReturn:
+    """Print one line (from the first process only) and exit with 2."""
+    if _first_process():
+        print(f"train.py: error: {message}", file=sys.stderr)
+    sys.exit(2)
+
+
+def presets_table() -> str:
+    """Every preset: the paper's figure and the flags it changes."""
+    parts = []
+    for name, flags in PRESETS.items():
+        changes = " ".join(f"--{flag} {_words(value)}" for flag, value in flags().items())
+        lines = textwrap.wrap(changes, 96, break_on_hyphens=False)
+        parts.append("\n    ".join([name, str(flags.__doc__), *lines]))
+    return "\n".join(parts)
+
+
+def _first_process() -> bool:
+    return os.environ.get("RANK", "0") == "0"
+
+
+def _sections(config: Config) -> dict[str, Any]:
+    return {section.name: getattr(config, section.name) for section in dataclasses.fields(Config)}
+
+
+def _words(value: Any) -> str:
+    if isinstance(value, tuple):
+        return " ".join(_words(word) for word in value)
+    return str(value).lower() if isinstance(value, bool) or value is None else f"{value}"
+
+
+def _registry() -> ConstructorRegistry:
+    """Booleans and optional values go through the converter of config.py, as they do in YAML."""
+    registry = ConstructorRegistry()
+
+    @registry.primitive_rule
+    def rule(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Any] | None:
+        kind: Any = info.type
+        if kind is bool:
+            return PrimitiveConstructorSpec(
+                nargs=(0, 1),
+                metavar="BOOL",
+                instance_from_str=lambda words: convert(words[0], bool) if words else True,
+                is_instance=lambda value: isinstance(value, bool),
+                str_from_instance=lambda value: [_words(value)],
+            )
+        if get_origin(kind) in (Union, types.UnionType):
+            return PrimitiveConstructorSpec(
+                nargs=1,
+                metavar=get_args(kind)[0].__name__.upper(),
+                instance_from_str=lambda words: convert(words[0], kind),
+                is_instance=lambda value: value is None or isinstance(value, get_args(kind)[0]),
+                str_from_instance=lambda value: [_words(value)],
+            )
+        return None
+
+    return registry

@@ -1,0 +1,220 @@
+"""Size, cost and length of a run by arithmetic alone: nothing is built and torch is not imported.
+
+Parameters are exact. FLOPs count the matrix products, 2 per multiply-add, of one image's crops through student
+and teacher. Memory is an estimate from the tensors that autograd keeps.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from fastdino.config import Config, ModelConfig, backbone_shape, split_batch
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+# Bytes that one block keeps per token and channel for its backward pass, attention without its N x N map: the
+# inputs of two norms (fp32 also under autocast), of qkv, proj, fc1, GELU and fc2, and q, k and v.
+_KEPT_16_BIT, _KEPT_FP32 = 36.0, 64.0
+# Allocator and backward transients on top of what is kept: the ratio of the memory in Table 8 of the paper to
+# such a count for the official code, the same from 0 to 10 local crops.
+_TRANSIENTS = 1.16
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Figures of a run; bytes are per process; ``images`` and what depends on it are None while unknown."""
+
+    backbone_parameters: int
+    head_parameters: int
+    trainable_parameters: int  # of the student
+    flops_per_image: float
+    world_size: int
+    global_batch: int
+    micro_batch: int
+    micro_batches: int
+    images: int | None
+    steps_per_epoch: int | None
+    total_steps: int | None
+    state_bytes: float
+    activation_bytes: float
+    loss_bytes: float
+
+    @property
+    def memory_bytes(self) -> float:
+        """Estimated peak memory of one process."""
+        return _TRANSIENTS * (self.state_bytes + self.activation_bytes + self.loss_bytes)
+
+    @property
+    def flops_of_run(self) -> float | None:
+        """FLOPs of all processes over the whole run."""
+        return None if self.total_steps is None else self.flops_per_image * self.global_batch * self.total_steps
+
+
+def estimate(config: Config, images: int | None, world_size: int = 1) -> Estimate:
+    """Figures of ``config`` on ``images`` training images (None: unknown) and ``world_size`` processes.
+
+    Raises ConfigError when the batch does not divide.
+    """
+    global_batch, micro_batch, micro_batches = split_batch(config, world_size)
+    steps_per_epoch = None if images is None else images // global_batch
+    total_steps = None
+    if steps_per_epoch is not None:
+        total_steps = config.optim.epochs * steps_per_epoch
+        if config.optim.max_steps is not None:
+            total_steps = min(total_steps, config.optim.max_steps)
+    backbone = backbone_parameters(config.model, config.crops.global_crops_size)
+    head = head_parameters(config.model)
+    frozen = config.model.out_dim if config.model.norm_last_layer and config.model.bottleneck_dim else 0
+    return Estimate(
+        backbone_parameters=backbone,
+        head_parameters=head,
+        trainable_parameters=backbone + head - frozen,
+        flops_per_image=flops_per_image(config),
+        world_size=world_size,
+        global_batch=global_batch,
+        micro_batch=micro_batch,
+        micro_batches=micro_batches,
+        images=images,
+        steps_per_epoch=steps_per_epoch,
+        total_steps=total_steps,
+        state_bytes=_state_bytes(config, backbone + head, world_size),
+        activation_bytes=_activation_bytes(config, micro_batch),
+        loss_bytes=_loss_bytes(config, micro_batch),
+    )
+
+
+def backbone_parameters(model: ModelConfig, image_size: int = 224) -> int:
+    """Parameters of the ViT whose position embeddings cover ``image_size`` pixels."""
+    width, depth, _ = backbone_shape(model)
+    patch = model.in_chans * model.patch_size**2 * width + width
+    positions = width + (_tokens(model, image_size)) * width  # class token, position embeddings
+    return patch + positions + depth * (12 * width**2 + 13 * width) + 2 * width
+
+
+def head_parameters(model: ModelConfig) -> int:
+    """Parameters of the projection head, the gains of the last layer included."""
+    products, width = _head_products(model)
+    hidden = (model.head_layers - 1) * model.head_hidden_dim
+    biases = hidden + model.bottleneck_dim
+    norms = 2 * hidden if model.use_bn_in_head else 0
+    return products + biases + norms + model.out_dim  # out_dim gains, or biases without a bottleneck
+
+
+def flops_per_image(config: Config) -> float:
+    """FLOPs of one image's training step: student forward and backward, teacher forward.
+
+    The backward pass costs twice the forward pass, except that the images need no gradient.
+    """
+    crops = config.crops
+    total = 0.0
+    for size, student, teacher in (
+        (crops.global_crops_size, 2, 2),
+        (crops.local_crops_size, crops.local_crops_number, 0),
+    ):
+        patch, blocks = _forward_flops(config.model, size)
+        head = 2.0 * _head_products(config.model)[0]
+        total += student * (2 * patch + 3 * (blocks + head)) + teacher * (patch + blocks + head)
+    return total
+
+
+def table(result: Estimate, config: Config) -> Table:
+    """The estimate for a terminal."""
+    from rich.table import Table
+
+    width, depth, heads = backbone_shape(config.model)
+    crops, optim = config.crops, config.optim
+    rows = Table(title="Dry run", show_header=False, title_justify="left")
+    rows.add_column(style="bold", no_wrap=True)
+    rows.add_column()
+
+    name = f"{config.model.arch}/{config.model.patch_size}"
+    shape = f"{name}: {depth} blocks, {width} wide, {heads} heads"
+    rows.add_row("Backbone", f"{result.backbone_parameters:,} parameters ({shape})")
+    rows.add_row("Head", f"{result.head_parameters:,} parameters ({config.model.out_dim:,} prototypes)")
+    rows.add_row("Trained", f"{result.trainable_parameters:,} parameters of the student")
+    views = [f"2 x {crops.global_crops_size}² ({_tokens(config.model, crops.global_crops_size)} tokens each)"]
+    if crops.local_crops_number:
+        tokens = _tokens(config.model, crops.local_crops_size)
+        views.append(f"{crops.local_crops_number} x {crops.local_crops_size}² ({tokens} tokens each)")
+    rows.add_row("Crops", " + ".join(views))
+    cost = f"{result.flops_per_image / 1e9:,.1f} G"
+    rows.add_row("FLOPs per image", f"{cost} (student forward and backward, teacher forward)")
+    factors = f"{result.world_size} x {result.micro_batches} x {result.micro_batch}"
+    rows.add_row("Batch", f"{result.global_batch:,} = {factors} (processes x micro-batches x images)")
+    if result.images is None or result.steps_per_epoch is None or result.total_steps is None:
+        rows.add_row("Steps", f"{optim.epochs} epochs; give --data_path to count the steps")
+    else:
+        rows.add_row("Images", f"{result.images:,}")
+        rows.add_row(
+            "Steps", f"{result.total_steps:,} ({optim.epochs} epochs of {result.steps_per_epoch:,} steps)"
+        )
+        rows.add_row("FLOPs of the run", f"{(result.flops_of_run or 0.0) / 1e15:,.2f} P")
+    kind = "16 bit" if _half(config) else "fp32"
+    rows.add_row(
+        "Memory, estimated",
+        f"{result.memory_bytes / 1e9:.2f} GB per process in {kind} (weights, gradients and optimizer "
+        f"{result.state_bytes / 1e9:.2f}, activations {result.activation_bytes / 1e9:.2f}, "
+        f"loss {result.loss_bytes / 1e9:.2f}, x {_TRANSIENTS} for transients)",
+    )
+    return rows
+
+
+def _tokens(model: ModelConfig, size: int) -> int:
+    """Tokens of a square crop, the class token included."""
+    return (size // model.patch_size) ** 2 + 1
+
+
+def _head_products(model: ModelConfig) -> tuple[int, int]:
+    """``(weights of all linear layers of the head, width in front of the last one)``."""
+    width, _, _ = backbone_shape(model)
+    weights = 0
+    for _ in range(model.head_layers - 1):
+        weights += width * model.head_hidden_dim
+        width = model.head_hidden_dim
+    if model.bottleneck_dim:
+        weights += width * model.bottleneck_dim
+        width = model.bottleneck_dim
+    return weights + width * model.out_dim, width
+
+
+def _forward_flops(model: ModelConfig, size: int) -> tuple[float, float]:
+    """``(patch embedding, blocks)`` of one crop: per block 24 N D^2 in the linear layers, 4 N^2 D in attention."""
+    width, depth, _ = backbone_shape(model)
+    tokens = _tokens(model, size)
+    patch = 2.0 * (tokens - 1) * width * model.in_chans * model.patch_size**2
+    return patch, depth * (24.0 * tokens * width**2 + 4.0 * tokens**2 * width)
+
+
+def _half(config: Config) -> bool:
+    return config.optim.use_fp16 and config.optim.precision != "fp32"
+
+
+def _state_bytes(config: Config, parameters: int, world_size: int) -> float:
+    """Student, teacher, gradients and optimizer in fp32, 16-bit copies, a bucket, weight-normed last layers."""
+    per_parameter = 12 + (8 if config.optim.optimizer == "adamw" else 4)
+    per_parameter += 4 if _half(config) else 0
+    per_parameter += 4 if world_size > 1 else 0
+    model = config.model
+    last_layers = 2 * 4 * model.out_dim * model.bottleneck_dim
+    return float(per_parameter * parameters + last_layers)
+
+
+def _activation_bytes(config: Config, batch: int) -> float:
+    """Crops, what every block keeps for its backward pass, and the row statistics of attention."""
+    width, depth, heads = backbone_shape(config.model)
+    crops = config.crops
+    kept = _KEPT_16_BIT if _half(config) else _KEPT_FP32
+    total = 0.0
+    for number, size in ((2, crops.global_crops_size), (crops.local_crops_number, crops.local_crops_size)):
+        pixels = 4.0 * config.model.in_chans * size**2
+        tokens = _tokens(config.model, size)
+        total += number * (pixels + depth * tokens * (kept * width + 4.0 * heads))
+    return batch * total
+
+
+def _loss_bytes(config: Config, batch: int) -> float:
+    """Logits of all student and teacher views, in the compute type and in fp32."""
+    rows = batch * (2 + config.crops.local_crops_number + 2)
+    return float(rows * config.model.out_dim * (6 if _half(config) else 8))
