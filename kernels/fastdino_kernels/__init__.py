@@ -1,7 +1,8 @@
-"""Fused losses and updates for self-supervised training with DINO. Needs PyTorch alone; importable without a GPU or compiler."""
+"""Fused losses and updates for self-supervised training with DINO; needs PyTorch alone, no GPU and no compiler."""
 
 from .adamw_ema import AdamWEMA, StepResult
 from .backend import backend, set_backend
+from .dino_loss import dino_loss
 from .ema import clip_grad_per_tensor_, ema_update_
 from .lars import LARS
 from .normalize_weight import normalize_weight
@@ -16,6 +17,7 @@ __all__ = [
     "StepResult",
     "backend",
     "clip_grad_per_tensor_",
+    "dino_loss",
     "ema_update_",
     "normalize_weight",
     "prototype_loss",

@@ -6,6 +6,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
+from torch import Tensor
+
+from . import csrc
 
 BACKENDS = ("auto", "cpu", "reference")
 _choice = "auto"
@@ -32,19 +35,17 @@ def backend(name: str) -> Iterator[None]:
         set_backend(before)
 
 
-def resolve(device: torch.device) -> str:
-    """``cpu`` or ``reference`` for a tensor's device under the present choice."""
-    if _choice == "reference":
+def resolve(*tensors: Tensor) -> str:
+    """``cpu`` or ``reference`` for these tensors under the present choice; float64 is the reference's."""
+    if _choice == "reference" or any(x.dtype == torch.float64 for x in tensors):
         return "reference"
-    if device.type == "cpu":
+    if tensors[0].device.type == "cpu":
         return "cpu" if _library_loaded() else "reference"
     if _choice == "cpu":
-        raise ValueError(f"backend: 'cpu' was set, but the tensors are on {device}")
+        raise ValueError(f"backend: 'cpu' was set, but the tensors are on {tensors[0].device}")
     return "reference"
 
 
 @torch.compiler.assume_constant_result
 def _library_loaded() -> bool:
-    from .csrc import library
-
-    return library() is not None
+    return csrc.library() is not None

@@ -1,0 +1,149 @@
+// Multi-tensor updates of fp32 tensors: gradient norms, AdamW + clipping + teacher EMA in one pass, EMA alone.
+// Every tensor is cut into blocks of fixed size that threads take one by one; a block's result does not depend on the
+// thread, so the results are bitwise the same for any number of threads.
+
+#include <cmath>
+#include <vector>
+
+#include "parallel.h"
+#include "simd.h"
+
+namespace {
+
+constexpr int64_t kBlock = 16384;  // elements: 64 KB of each stream
+
+struct Block {
+    int64_t tensor, begin, count;
+};
+
+std::vector<Block> cut(int64_t n, const int64_t* sizes) {
+    std::vector<Block> blocks;
+    for (int64_t i = 0; i < n; ++i)
+        for (int64_t begin = 0; begin < sizes[i]; begin += kBlock)
+            blocks.push_back({i, begin, sizes[i] - begin < kBlock ? sizes[i] - begin : kBlock});
+    return blocks;
+}
+
+// Squares of fp32 numbers neither overflow nor vanish in double, so the sum is finite exactly if all elements are.
+FDK_CLONES double sum_of_squares(const float* x, int64_t n) {
+    double lanes[32] = {};
+    int64_t i = 0;
+    for (; i + 32 <= n; i += 32)
+        for (int j = 0; j < 32; ++j) lanes[j] += static_cast<double>(x[i + j]) * x[i + j];
+    for (; i < n; ++i) lanes[i % 32] += static_cast<double>(x[i]) * x[i];
+    double sum = 0;
+    for (double lane : lanes) sum += lane;
+    return sum;
+}
+
+struct Scalars {  // one row of the `scalars` argument of fdk_adamw_ema
+    float grad_factor, decay, step_size, inv_sqrt_correction2;
+};
+
+FDK_CLONES void adamw(float* __restrict p, const float* __restrict g, float* __restrict m, float* __restrict v, int64_t n,
+                      Scalars s, float beta1_rest, float beta2, float beta2_rest, float eps) {
+    for (int64_t i = 0; i < n; ++i) {
+        const float grad = g[i] * s.grad_factor;
+        m[i] += beta1_rest * (grad - m[i]);
+        v[i] = beta2 * v[i] + beta2_rest * (grad * grad);
+        p[i] = s.decay * p[i] - s.step_size * (m[i] / (std::sqrt(v[i]) * s.inv_sqrt_correction2 + eps));
+    }
+}
+
+FDK_CLONES void ema_f32(float* __restrict t, const float* __restrict p, int64_t n, float keep, float rest) {
+    for (int64_t i = 0; i < n; ++i) t[i] = keep * t[i] + rest * p[i];
+}
+
+FDK_CLONES void ema_bf16(float* __restrict t, const uint16_t* __restrict p, int64_t n, float keep, float rest) {
+    for (int64_t i = 0; i < n; ++i) {
+        const uint32_t bits = static_cast<uint32_t>(p[i]) << 16;
+        float value;
+        std::memcpy(&value, &bits, sizeof value);
+        t[i] = keep * t[i] + rest * value;
+    }
+}
+
+// Half to float by integer arithmetic: subnormals are scaled by a multiplication, infinities and NaN get the top exponent.
+FDK_CLONES void ema_f16(float* __restrict t, const uint16_t* __restrict p, int64_t n, float keep, float rest) {
+    for (int64_t i = 0; i < n; ++i) {
+        const uint32_t h = p[i], magnitude = (h & 0x7fffu) << 13, special = magnitude >= 0x0f800000u ? 0x70000000u : 0u;
+        float value;
+        std::memcpy(&value, &magnitude, sizeof value);
+        value *= 0x1p112f;
+        uint32_t bits;
+        std::memcpy(&bits, &value, sizeof bits);
+        bits |= special | (h & 0x8000u) << 16;
+        std::memcpy(&value, &bits, sizeof value);
+        t[i] = keep * t[i] + rest * value;
+    }
+}
+
+void ema(float* t, const void* p, int dtype, int64_t begin, int64_t n, float keep, float rest) {
+    if (dtype == 0) ema_f32(t + begin, static_cast<const float*>(p) + begin, n, keep, rest);
+    if (dtype == 1) ema_bf16(t + begin, static_cast<const uint16_t*>(p) + begin, n, keep, rest);
+    if (dtype == 2) ema_f16(t + begin, static_cast<const uint16_t*>(p) + begin, n, keep, rest);
+}
+
+}  // namespace
+
+extern "C" {
+
+// squares[i] = sum of squares of grads[i] (NaN or infinite exactly if an element is); a null gradient gives 0.
+int fdk_sums_of_squares(int64_t n, const float* const* grads, const int64_t* sizes, double* squares, int num_threads) {
+    try {
+        const std::vector<Block> blocks = cut(n, sizes);
+        std::vector<double> partial(blocks.size());
+        fdk::parallel_for_dynamic(static_cast<int64_t>(blocks.size()), num_threads, [&](int64_t i) {
+            const Block& b = blocks[i];
+            partial[i] = grads[b.tensor] ? sum_of_squares(grads[b.tensor] + b.begin, b.count) : 0.0;
+        });
+        for (int64_t i = 0; i < n; ++i) squares[i] = 0;
+        for (size_t i = 0; i < blocks.size(); ++i) squares[blocks[i].tensor] += partial[i];
+        return 0;
+    } catch (const std::bad_alloc&) {
+        return 2;
+    }
+}
+
+// For each tensor with a gradient, AdamW with its row of scalars [n, 4] = grad factor (clip / scale), 1 - lr * decay,
+// lr / (1 - beta1^n), 1 / sqrt(1 - beta2^n); then, where teachers[i] is not null, teacher <- momentum, from the new value.
+int fdk_adamw_ema(int64_t n, float* const* params, const float* const* grads, float* const* exp_avgs, float* const* exp_avg_sqs,
+                  float* const* teachers, const int64_t* sizes, const float* scalars, double beta1, double beta2, double eps,
+                  double momentum, int num_threads) {
+    try {
+        const std::vector<Block> blocks = cut(n, sizes);
+        fdk::parallel_for_dynamic(static_cast<int64_t>(blocks.size()), num_threads, [&](int64_t i) {
+            const Block& b = blocks[i];
+            const int64_t k = b.tensor;
+            if (grads[k]) {
+                const Scalars s{scalars[4 * k], scalars[4 * k + 1], scalars[4 * k + 2], scalars[4 * k + 3]};
+                adamw(params[k] + b.begin, grads[k] + b.begin, exp_avgs[k] + b.begin, exp_avg_sqs[k] + b.begin, b.count, s,
+                      static_cast<float>(1 - beta1), static_cast<float>(beta2), static_cast<float>(1 - beta2),
+                      static_cast<float>(eps));
+            }
+            if (teachers[k])
+                ema(teachers[k], params[k], 0, b.begin, b.count, static_cast<float>(momentum), static_cast<float>(1 - momentum));
+        });
+        return 0;
+    } catch (const std::bad_alloc&) {
+        return 2;
+    }
+}
+
+// teachers[i] <- momentum * teachers[i] + (1 - momentum) * students[i]; student dtypes: 0 fp32, 1 bf16, 2 fp16.
+int fdk_ema(int64_t n, float* const* teachers, const void* const* students, const int* dtypes, const int64_t* sizes,
+            double momentum, int num_threads) {
+    try {
+        const std::vector<Block> blocks = cut(n, sizes);
+        fdk::parallel_for_dynamic(static_cast<int64_t>(blocks.size()), num_threads, [&](int64_t i) {
+            const Block& b = blocks[i];
+            ema(teachers[b.tensor], students[b.tensor], dtypes[b.tensor], b.begin, b.count, static_cast<float>(momentum),
+                static_cast<float>(1 - momentum));
+        });
+        return 0;
+    } catch (const std::bad_alloc&) {
+        return 2;
+    }
+}
+
+}  // extern "C"

@@ -1,0 +1,379 @@
+// Multi-crop DINO loss on a block of columns of the logits: statistics in one pass, gradient in another.
+//
+// Rows are view-major: row v * images + b. With y = (x - max) * scale for the student (scale = 1 / s, x the raw logits) and
+// likewise for the teacher (x = t - center, scale = 1 / u), the statistics of a row are
+//     max, sum = sum exp(y);   teacher also: energy = sum exp(y) y;   pair (g, v): cross = sum_k exp(y_g) y_v
+// so that entropy_g = log sum_g - energy_g / sum_g and the cross-entropy of a pair is log sum_v - cross_gv / sum_g: the
+// maxima cancel, and nothing large is ever subtracted from something large. Statistics of two sets of columns merge exactly.
+
+#include <cfloat>
+#include <cmath>
+#include <new>
+#include <vector>
+
+#include "parallel.h"
+#include "simd.h"
+
+namespace {
+
+using namespace fdk;
+
+constexpr int64_t kColumns = 2048;  // columns per work item: a few rows of them stay in the first-level cache
+
+template <typename T>
+struct Lanes;
+
+template <>
+struct Lanes<float> {
+    static FDK_INLINE f32x16 load(const float* p) {
+        f32x16 x;
+        std::memcpy(&x, p, sizeof x);
+        return x;
+    }
+    static FDK_INLINE void store(float* p, f32x16 x) { std::memcpy(p, &x, sizeof x); }
+};
+
+template <>
+struct Lanes<uint16_t> {  // bfloat16
+    static FDK_INLINE f32x16 load(const uint16_t* p) {
+        u16x16 half;
+        std::memcpy(&half, p, sizeof half);
+        return reinterpret_cast<f32x16>(__builtin_convertvector(half, u32x16) << 16);
+    }
+    static FDK_INLINE void store(uint16_t* p, f32x16 x) {
+        const u32x16 bits = reinterpret_cast<u32x16>(x);
+        const u32x16 even = bits + 0x7fffu + ((bits >> 16) & 1u);  // round half to even
+        const u32x16 rounded = x == x ? even : (bits | 0x400000u);  // NaN stays NaN
+        const u16x16 half = __builtin_convertvector(rounded >> 16, u16x16);
+        std::memcpy(p, &half, sizeof half);
+    }
+};
+
+// Full vectors are loaded in place, the last one of a row through a zero-padded copy.
+template <typename T>
+FDK_INLINE f32x16 load(const T* p, int64_t left) {
+    if (left >= 16) return Lanes<T>::load(p);
+    T padded[16] = {};
+    for (int64_t i = 0; i < left; ++i) padded[i] = p[i];
+    return Lanes<T>::load(padded);
+}
+
+template <typename T>
+FDK_INLINE void store(T* p, f32x16 x, int64_t left) {
+    if (left >= 16) return Lanes<T>::store(p, x);
+    T padded[16];
+    Lanes<T>::store(padded, x);
+    for (int64_t i = 0; i < left; ++i) p[i] = padded[i];
+}
+
+constexpr i32x16 kLane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+
+FDK_INLINE f32x16 where_valid(f32x16 x, f32x16 other, int64_t left) {
+    return left >= 16 ? x : (kLane < static_cast<int32_t>(left) ? x : other);
+}
+
+FDK_INLINE f32x16 fill(float x) { return x - f32x16{}; }
+
+// exp(x) for x <= 0, relative error below 2e-7; below -87.3 it is 0, and NaN stays NaN.
+// 2^n with n = round(x / ln 2) from the float's exponent bits, times a polynomial on |r| <= ln 2 / 2.
+FDK_INLINE f32x16 exp_negative(f32x16 x) {
+    const f32x16 floor = fill(-87.3f);
+    const f32x16 clamped = x < floor ? floor : x;
+    const f32x16 shifted = clamped * 1.44269504f + 12582912.0f;  // 1.5 * 2^23: the sum's low bits are the rounded integer
+    const f32x16 n = shifted - 12582912.0f;
+    const f32x16 r = (clamped - n * 0.693145752f) - n * 1.42860677e-6f;  // ln 2 in two parts
+    f32x16 poly = fill(1.0f / 720);
+    poly = poly * r + 1.0f / 120;
+    poly = poly * r + 1.0f / 24;
+    poly = poly * r + 1.0f / 6;
+    poly = poly * r + 0.5f;
+    poly = poly * r + 1.0f;
+    poly = poly * r + 1.0f;
+    const i32x16 exponent = (reinterpret_cast<i32x16>(shifted) - 0x4b400000 + 127) << 23;
+    const f32x16 result = poly * reinterpret_cast<f32x16>(exponent);
+    return x < floor ? f32x16{} : result;
+}
+
+FDK_INLINE float horizontal_max(f32x16 x) {
+    float m = x[0];
+    for (int i = 1; i < 16; ++i) m = x[i] > m ? x[i] : m;
+    return m;
+}
+
+FDK_INLINE float horizontal_sum(f32x16 x) {
+    float lanes[16];
+    std::memcpy(lanes, &x, sizeof lanes);
+    for (int width = 8; width > 0; width /= 2)
+        for (int i = 0; i < width; ++i) lanes[i] += lanes[i + width];
+    return lanes[0];
+}
+
+struct Problem {
+    int64_t images, views, n_global, columns;
+    int64_t student_stride, teacher_stride;
+    float student_scale, teacher_scale;  // 1 / temperature
+};
+
+// Statistics of one image over one set of columns: maxima and sums of the V student rows, maxima, sums and energies of the
+// G teacher rows, cross terms [V, G]. The state of a whole problem holds one such record per image.
+int64_t record_size(const Problem& p) { return 2 * p.views + 3 * p.n_global + p.views * p.n_global; }
+
+template <typename F>
+struct Record {
+    F *student_max, *student_sum, *teacher_max, *teacher_sum, *energy, *cross;
+    Record(const Problem& p, F* base)
+        : student_max(base),
+          student_sum(base + p.views),
+          teacher_max(base + 2 * p.views),
+          teacher_sum(teacher_max + p.n_global),
+          energy(teacher_max + 2 * p.n_global),
+          cross(teacher_max + 3 * p.n_global) {}
+};
+
+// exps: scratch [G, kColumns]
+template <typename T>
+FDK_INLINE void block_statistics(const Problem& p, const T* student, const T* teacher, const float* center, int64_t image,
+                                 int64_t begin, int64_t count, float* exps, Record<float> out) {
+    for (int64_t g = 0; g < p.n_global; ++g) {
+        const T* row = teacher + (g * p.images + image) * p.teacher_stride + begin;
+        float* e = exps + g * kColumns;
+        f32x16 top = fill(-FLT_MAX);
+        for (int64_t k = 0; k < count; k += 16) {
+            const int64_t left = count - k;
+            const f32x16 x = load(row + k, left) - load(center + begin + k, left);
+            Lanes<float>::store(e + k, x);
+            const f32x16 valid = where_valid(x, fill(-FLT_MAX), left);
+            top = valid > top ? valid : top;
+        }
+        const float max = horizontal_max(top);
+        f32x16 sum = {}, energy = {};
+        for (int64_t k = 0; k < count; k += 16) {
+            const int64_t left = count - k;
+            const f32x16 y = where_valid((Lanes<float>::load(e + k) - max) * p.teacher_scale, f32x16{}, left);
+            const f32x16 w = where_valid(exp_negative(y), f32x16{}, left);
+            Lanes<float>::store(e + k, w);
+            sum += w;
+            // A weight of 0 contributes nothing, as the limit of w log w does, even where y is -infinite.
+            energy += w == 0.0f ? f32x16{} : w * y;
+        }
+        out.teacher_max[g] = max;
+        out.teacher_sum[g] = horizontal_sum(sum);
+        out.energy[g] = horizontal_sum(energy);
+    }
+    for (int64_t v = 0; v < p.views; ++v) {
+        const T* row = student + (v * p.images + image) * p.student_stride + begin;
+        f32x16 top = fill(-FLT_MAX);
+        for (int64_t k = 0; k < count; k += 16) {
+            const f32x16 x = where_valid(load(row + k, count - k), fill(-FLT_MAX), count - k);
+            top = x > top ? x : top;
+        }
+        const float max = horizontal_max(top);
+        f32x16 sum = {};
+        for (int64_t k = 0; k < count; k += 16) {
+            const int64_t left = count - k;
+            const f32x16 y = where_valid((load(row + k, left) - max) * p.student_scale, f32x16{}, left);
+            sum += where_valid(exp_negative(y), f32x16{}, left);
+        }
+        out.student_max[v] = max;
+        out.student_sum[v] = horizontal_sum(sum);
+        for (int64_t g = 0; g < p.n_global; ++g) {
+            const float* e = exps + g * kColumns;
+            f32x16 cross = {};
+            for (int64_t k = 0; k < count; k += 16) {
+                const int64_t left = count - k;
+                const f32x16 y = where_valid((load(row + k, left) - max) * p.student_scale, f32x16{}, left);
+                cross += Lanes<float>::load(e + k) * y;
+            }
+            out.cross[v * p.n_global + g] = horizontal_sum(cross);
+        }
+    }
+}
+
+FDK_CLONES void block_statistics_f32(const Problem& p, const void* student, const void* teacher, const float* center,
+                                     int64_t image, int64_t begin, int64_t count, float* exps, const Record<float>& out) {
+    block_statistics(p, static_cast<const float*>(student), static_cast<const float*>(teacher), center, image, begin, count,
+                     exps, out);
+}
+
+FDK_CLONES void block_statistics_bf16(const Problem& p, const void* student, const void* teacher, const float* center,
+                                      int64_t image, int64_t begin, int64_t count, float* exps, const Record<float>& out) {
+    block_statistics(p, static_cast<const uint16_t*>(student), static_cast<const uint16_t*>(teacher), center, image, begin,
+                     count, exps, out);
+}
+
+// Moves a sum (and a first moment of y, whose zero moves along) from an old maximum to a new one.
+struct Shift {
+    double offset, factor;  // offset = (old max - new max) * scale <= 0, factor = exp(offset)
+    Shift(double from, double to, double scale) : offset((from - to) * scale), factor(std::exp(offset)) {}
+};
+
+void merge(const Problem& p, Record<double> all, Record<float> part) {
+    for (int64_t v = 0; v < p.views; ++v) {
+        const double top = std::fmax(all.student_max[v], part.student_max[v]);
+        const Shift a(all.student_max[v], top, p.student_scale), b(part.student_max[v], top, p.student_scale);
+        for (int64_t g = 0; g < p.n_global; ++g) {
+            const double teacher_top = std::fmax(all.teacher_max[g], part.teacher_max[g]);
+            const Shift c(all.teacher_max[g], teacher_top, p.teacher_scale);
+            const Shift d(part.teacher_max[g], teacher_top, p.teacher_scale);
+            double& cross = all.cross[v * p.n_global + g];
+            // The guards keep 0 * infinity out: a sum of 0 has no moment to move.
+            const double old = all.teacher_sum[g] == 0 ? 0 : c.factor * (cross + a.offset * all.teacher_sum[g]);
+            const double fresh = part.cross[v * p.n_global + g] + b.offset * part.teacher_sum[g];
+            cross = old + (d.factor == 0 ? 0 : d.factor * fresh);
+        }
+        all.student_sum[v] = a.factor * all.student_sum[v] + b.factor * part.student_sum[v];
+        all.student_max[v] = top;
+    }
+    for (int64_t g = 0; g < p.n_global; ++g) {
+        const double top = std::fmax(all.teacher_max[g], part.teacher_max[g]);
+        const Shift a(all.teacher_max[g], top, p.teacher_scale), b(part.teacher_max[g], top, p.teacher_scale);
+        const double old = all.teacher_sum[g] == 0 ? 0 : a.factor * (all.energy[g] + a.offset * all.teacher_sum[g]);
+        const double fresh = part.energy[g] + b.offset * part.teacher_sum[g];
+        all.energy[g] = old + (b.factor == 0 ? 0 : b.factor * fresh);
+        all.teacher_sum[g] = a.factor * all.teacher_sum[g] + b.factor * part.teacher_sum[g];
+        all.teacher_max[g] = top;
+    }
+}
+
+// targets: scratch [G + 1, kColumns]; the last row is the sum of the others.
+template <typename T, typename O>
+FDK_INLINE void block_gradient(const Problem& p, const T* student, const T* teacher, const float* center, int64_t image,
+                               int64_t begin, int64_t count, Record<const double> state, float coefficient, O* out,
+                               int64_t out_stride, float* targets) {
+    float* total = targets + p.n_global * kColumns;
+    for (int64_t k = 0; k < kColumns; ++k) total[k] = 0;
+    for (int64_t g = 0; g < p.n_global; ++g) {
+        const T* row = teacher + (g * p.images + image) * p.teacher_stride + begin;
+        const float max = static_cast<float>(state.teacher_max[g]);
+        const float scale = static_cast<float>(coefficient / state.teacher_sum[g]);
+        float* q = targets + g * kColumns;
+        for (int64_t k = 0; k < count; k += 16) {
+            const int64_t left = count - k;
+            const f32x16 x = load(row + k, left) - load(center + begin + k, left);
+            const f32x16 w = exp_negative((x - max) * p.teacher_scale) * scale;
+            Lanes<float>::store(q + k, w);
+            Lanes<float>::store(total + k, Lanes<float>::load(total + k) + w);
+        }
+    }
+    for (int64_t v = 0; v < p.views; ++v) {
+        const int64_t r = v * p.images + image;
+        const T* row = student + r * p.student_stride + begin;
+        O* out_row = out + r * out_stride + begin;
+        const float pairs = static_cast<float>(v < p.n_global ? p.n_global - 1 : p.n_global);
+        const float max = static_cast<float>(state.student_max[v]);
+        const float scale = static_cast<float>(coefficient * pairs / state.student_sum[v]);
+        for (int64_t k = 0; k < count; k += 16) {
+            const int64_t left = count - k;
+            f32x16 target = Lanes<float>::load(total + k);
+            if (v < p.n_global) {  // a view is not paired with itself: add up the others, without cancellation
+                target = f32x16{};
+                for (int64_t g = 0; g < p.n_global; ++g)
+                    if (g != v) target += Lanes<float>::load(targets + g * kColumns + k);
+            }
+            const f32x16 prob = exp_negative((load(row + k, left) - max) * p.student_scale) * scale;
+            store(out_row + k, prob - target, left);
+        }
+    }
+}
+
+#define FDK_GRADIENT(name, T, O)                                                                                             \
+    FDK_CLONES void name(const Problem& p, const void* student, const void* teacher, const float* center, int64_t image,     \
+                         int64_t begin, int64_t count, const Record<const double>& state, float coefficient, void* out,      \
+                         int64_t out_stride, float* targets) {                                                               \
+        block_gradient(p, static_cast<const T*>(student), static_cast<const T*>(teacher), center, image, begin, count, state, \
+                       coefficient, static_cast<O*>(out), out_stride, targets);                                              \
+    }
+FDK_GRADIENT(block_gradient_f32, float, float)
+FDK_GRADIENT(block_gradient_bf16, uint16_t, uint16_t)
+#undef FDK_GRADIENT
+
+int64_t blocks_of(int64_t columns) { return (columns + kColumns - 1) / kColumns; }
+
+}  // namespace
+
+extern "C" {
+
+// Length in doubles of the state of a problem, and its empty value.
+int64_t fdk_dino_state_size(int64_t images, int64_t views, int64_t n_global) {
+    return images * record_size({images, views, n_global, 0, 0, 0, 0, 0});
+}
+
+int fdk_dino_state_init(int64_t images, int64_t views, int64_t n_global, double* state, int) {
+    const Problem p{images, views, n_global, 0, 0, 0, 0, 0};
+    for (int64_t b = 0; b < images; ++b) {
+        const int64_t size = record_size(p);
+        for (int64_t i = 0; i < size; ++i) state[b * size + i] = 0;
+        const Record<double> r(p, state + b * size);
+        for (int64_t v = 0; v < views; ++v) r.student_max[v] = -FLT_MAX;
+        for (int64_t g = 0; g < n_global; ++g) r.teacher_max[g] = -FLT_MAX;
+    }
+    return 0;
+}
+
+// Adds `columns` columns of the logits to the state. student [V*B, columns] and teacher [G*B, columns] of one type
+// (bf16: 0 fp32, 1 bf16), rows `*_stride` elements apart; center [columns] fp32.
+int fdk_dino_statistics(const void* student, const void* teacher, const float* center, int64_t images, int64_t views,
+                        int64_t n_global, int64_t columns, int64_t student_stride, int64_t teacher_stride, int bf16,
+                        double student_temp, double teacher_temp, double* state, int num_threads) {
+    try {
+        const Problem p{images, views, n_global, columns, student_stride, teacher_stride,
+                        static_cast<float>(1 / student_temp), static_cast<float>(1 / teacher_temp)};
+        const int64_t blocks = blocks_of(columns), size = record_size(p);
+        std::vector<float> parts(images * blocks * size);
+        parallel_for_dynamic(images * blocks, num_threads, [&](int64_t i) {
+            std::vector<float> exps(n_global * kColumns);
+            const int64_t begin = i % blocks * kColumns, count = columns - begin < kColumns ? columns - begin : kColumns;
+            const Record<float> out(p, parts.data() + i * size);
+            (bf16 ? block_statistics_bf16 : block_statistics_f32)(p, student, teacher, center, i / blocks, begin, count,
+                                                                  exps.data(), out);
+        });
+        for (int64_t i = 0; i < images * blocks; ++i)
+            merge(p, Record<double>(p, state + i / blocks * size), Record<float>(p, parts.data() + i * size));
+        return 0;
+    } catch (const std::bad_alloc&) {
+        return 2;
+    }
+}
+
+// result = loss, mean teacher entropy: means over images and pairs (over images and teacher views).
+int fdk_dino_result(int64_t images, int64_t views, int64_t n_global, const double* state, double* result, int) {
+    const Problem p{images, views, n_global, 0, 0, 0, 0, 0};
+    double loss = 0, entropy = 0;
+    for (int64_t b = 0; b < images; ++b) {
+        const Record<const double> r(p, state + b * record_size(p));
+        for (int64_t g = 0; g < n_global; ++g) {
+            entropy += std::log(r.teacher_sum[g]) - r.energy[g] / r.teacher_sum[g];
+            for (int64_t v = 0; v < views; ++v)
+                if (v != g) loss += std::log(r.student_sum[v]) - r.cross[v * n_global + g] / r.teacher_sum[g];
+        }
+    }
+    result[0] = loss / static_cast<double>(n_global * (views - 1) * images);
+    result[1] = entropy / static_cast<double>(n_global * images);
+    return 0;
+}
+
+// out [V*B, columns], of the logits' type: grad_loss * d loss / d student, from the complete state.
+int fdk_dino_gradient(const void* student, const void* teacher, const float* center, int64_t images, int64_t views,
+                      int64_t n_global, int64_t columns, int64_t student_stride, int64_t teacher_stride, int bf16,
+                      double student_temp, double teacher_temp, const double* state, double grad_loss, void* out,
+                      int64_t out_stride, int num_threads) {
+    try {
+        const Problem p{images, views, n_global, columns, student_stride, teacher_stride,
+                        static_cast<float>(1 / student_temp), static_cast<float>(1 / teacher_temp)};
+        const int64_t blocks = blocks_of(columns), size = record_size(p);
+        const float coefficient =
+            static_cast<float>(grad_loss / (student_temp * static_cast<double>(n_global * (views - 1) * images)));
+        parallel_for_dynamic(images * blocks, num_threads, [&](int64_t i) {
+            std::vector<float> targets((n_global + 1) * kColumns);
+            const int64_t begin = i % blocks * kColumns, count = columns - begin < kColumns ? columns - begin : kColumns;
+            const Record<const double> record(p, state + i / blocks * size);
+            (bf16 ? block_gradient_bf16 : block_gradient_f32)(p, student, teacher, center, i / blocks, begin, count, record,
+                                                              coefficient, out, out_stride, targets.data());
+        });
+        return 0;
+    } catch (const std::bad_alloc&) {
+        return 2;
+    }
+}
+
+}  // extern "C"

@@ -1,0 +1,226 @@
+"""Multi-crop DINO loss on logits, all pairs of views in one pass.
+
+With ``x_v = student_v / s`` and ``p_g = softmax((teacher_g - c) / u)``, ``w = 1 / (pairs B)``, ``pairs = G (V - 1)``:
+
+    loss        = w sum_{b, g != v} ( logsumexp(x_vb) - p_gb . x_vb )
+    dloss/dx_vb = w ( n_v softmax(x_vb) - sum_{g != v} p_gb ),  n_v = number of teacher views paired with v
+    entropy     = mean_{g, b} ( logsumexp(t_gb) - p_gb . t_gb ),  t = (teacher - c) / u;   KL = loss - entropy
+
+The CPU kernels (csrc/dino_loss.cpp) read each logit once for the loss and once for the gradient, and keep one small record
+of statistics per image between the two; nothing of size [rows, K] but the gradient itself is allocated. The functions below
+them work on any block of columns, which is how :func:`fastdino_kernels.prototype_loss` uses them as well.
+"""
+
+from __future__ import annotations
+
+import ctypes
+
+import torch
+from torch import Tensor
+
+from . import csrc, reference
+from .backend import resolve
+from .reference import DinoLoss
+from .validate import check_no_grad, check_temperature, check_tensor, check_views
+
+KERNEL_DTYPES = (torch.float32, torch.bfloat16)
+
+
+def new_state(images: int, views: int, n_global: int) -> Tensor:
+    """Empty statistics of ``images`` images: float64 [images * (2 V + 3 G + V G)]."""
+    state = torch.empty(images * state_size(views, n_global), dtype=torch.float64)
+    _call("fdk_dino_state_init", *_int64(images, views, n_global), _pointer(state))
+    return state
+
+
+def state_size(views: int, n_global: int) -> int:
+    return 2 * views + 3 * n_global + views * n_global
+
+
+def add_statistics(
+    state: Tensor, student: Tensor, teacher: Tensor, center: Tensor, shape: tuple[int, int, int], temps: tuple[float, float]
+) -> None:
+    """Add some columns of the logits (student [V*B, C], teacher [G*B, C], center [C] fp32) to the state, in place."""
+    _call("fdk_dino_statistics", *_logits(student, teacher, center, shape, temps), _pointer(state))
+
+
+def result(state: Tensor, shape: tuple[int, int, int]) -> tuple[Tensor, Tensor]:
+    """Loss and mean teacher entropy, fp32 [], of a complete state."""
+    values = (ctypes.c_double * 2)()
+    _call("fdk_dino_result", *_int64(*shape), _pointer(state), values)
+    return torch.tensor(values[0], dtype=torch.float32), torch.tensor(values[1], dtype=torch.float32)
+
+
+def write_gradient(
+    out: Tensor,
+    state: Tensor,
+    grad_loss: float,
+    student: Tensor,
+    teacher: Tensor,
+    center: Tensor,
+    shape: tuple[int, int, int],
+    temps: tuple[float, float],
+) -> None:
+    """``out`` [V*B, C] <- grad_loss * d loss / d student for these columns."""
+    arguments = _logits(student, teacher, center, shape, temps)
+    grad = ctypes.c_double(grad_loss)
+    _call("fdk_dino_gradient", *arguments, _pointer(state), grad, _pointer(out), *_int64(out.stride(0)))
+
+
+def _logits(
+    student: Tensor, teacher: Tensor, center: Tensor, shape: tuple[int, int, int], temps: tuple[float, float]
+) -> tuple[object, ...]:
+    assert student.dtype == teacher.dtype and student.dtype in KERNEL_DTYPES and center.dtype == torch.float32
+    assert student.stride(1) == teacher.stride(1) == 1 and center.is_contiguous()
+    return (
+        *map(_pointer, (student, teacher, center)),
+        *_int64(*shape, student.shape[1], student.stride(0), teacher.stride(0)),
+        ctypes.c_int(student.dtype == torch.bfloat16),
+        *map(ctypes.c_double, temps),
+    )
+
+
+def _pointer(x: Tensor) -> ctypes.c_void_p:
+    return ctypes.c_void_p(x.data_ptr())
+
+
+def _int64(*values: int) -> tuple[ctypes.c_int64, ...]:
+    return tuple(map(ctypes.c_int64, values))
+
+
+def _call(name: str, *arguments: object) -> None:
+    library = csrc.library()
+    assert library is not None
+    csrc.check(getattr(library, name)(*arguments, ctypes.c_int(csrc.num_threads())), name)
+
+
+@torch.library.custom_op("fastdino::dino_loss_fwd", mutates_args=(), device_types="cpu")
+def _forward(
+    student: Tensor, teacher: Tensor, center: Tensor, student_temp: Tensor, teacher_temp: Tensor, n_global: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """-> loss [], entropy [], batch center [K], state."""
+    shape = _shape(student, teacher, n_global)
+    state = new_state(*shape)
+    add_statistics(state, student, teacher, center, shape, (student_temp.item(), teacher_temp.item()))
+    return *result(state, shape), teacher.mean(0, dtype=torch.float32), state
+
+
+@_forward.register_fake
+def _(
+    student: Tensor, teacher: Tensor, center: Tensor, student_temp: Tensor, teacher_temp: Tensor, n_global: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    images, views, _ = _shape(student, teacher, n_global)
+    scalar = student.new_empty((), dtype=torch.float32)
+    state = student.new_empty(images * state_size(views, n_global), dtype=torch.float64)
+    return scalar, torch.empty_like(scalar), student.new_empty(student.shape[1], dtype=torch.float32), state
+
+
+@torch.library.custom_op("fastdino::dino_loss_bwd", mutates_args=(), device_types="cpu")
+def _backward(
+    grad_loss: Tensor,
+    student: Tensor,
+    teacher: Tensor,
+    center: Tensor,
+    student_temp: Tensor,
+    teacher_temp: Tensor,
+    state: Tensor,
+    n_global: int,
+) -> Tensor:
+    """-> gradient of the student's logits, [V*B, K] in their dtype."""
+    out = torch.empty_like(student, memory_format=torch.contiguous_format)
+    temps = (student_temp.item(), teacher_temp.item())
+    write_gradient(out, state, grad_loss.item(), student, teacher, center, _shape(student, teacher, n_global), temps)
+    return out
+
+
+@_backward.register_fake
+def _(
+    grad_loss: Tensor,
+    student: Tensor,
+    teacher: Tensor,
+    center: Tensor,
+    student_temp: Tensor,
+    teacher_temp: Tensor,
+    state: Tensor,
+    n_global: int,
+) -> Tensor:
+    return torch.empty_like(student, memory_format=torch.contiguous_format)
+
+
+def _setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
+    *tensors, ctx.n_global = inputs
+    ctx.save_for_backward(*tensors, output[3])
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)
+
+
+def _autograd(ctx, grad_loss, *_):  # type: ignore[no-untyped-def]
+    if grad_loss is None:
+        return (None,) * 6
+    return _backward(grad_loss.float(), *ctx.saved_tensors, ctx.n_global), None, None, None, None, None
+
+
+_forward.register_autograd(_autograd, setup_context=_setup_context)
+
+
+def _shape(student: Tensor, teacher: Tensor, n_global: int) -> tuple[int, int, int]:
+    images = teacher.shape[0] // n_global
+    return images, student.shape[0] // images, n_global
+
+
+def temperature(value: float | Tensor) -> Tensor:
+    """0-dim float64 CPU tensor, so that a compiled graph need not be rebuilt when a schedule moves it."""
+    return torch.as_tensor(value, dtype=torch.float64).detach()
+
+
+def dino_loss(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    center: Tensor,
+    *,
+    student_temp: float | Tensor,
+    teacher_temp: float | Tensor,
+    n_global: int = 2,
+) -> DinoLoss:
+    """Cross-entropy of every teacher view with every other student view of the same image (Caron et al. 2021, eq. 1-4).
+
+    Args:
+        student_logits: [V*B, K], view-major: row ``v * B + b``; fp32, bf16, fp16 or float64.
+        teacher_logits: [n_global*B, K] of the first ``n_global`` views; must not require grad.
+        center: [K], as it was before this step's update.
+        student_temp, teacher_temp: numbers > 0, or 0-dim tensors.
+
+    Returns:
+        DinoLoss of fp32 tensors (float64 for float64 logits); ``loss`` is differentiable in ``student_logits``.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what was expected and what came.
+    """
+    check_tensor("student_logits", student_logits, ("V*B", "K"))
+    k = student_logits.shape[1]
+    check_tensor("teacher_logits", teacher_logits, ("G*B", k), like=student_logits)
+    check_tensor("center", center, (k,), like=student_logits)
+    check_no_grad("teacher_logits", teacher_logits)
+    check_temperature("student_temp", student_temp)
+    check_temperature("teacher_temp", teacher_temp)
+    check_views("student_logits", student_logits.shape[0], "teacher_logits", teacher_logits.shape[0], n_global)
+    if resolve(student_logits, teacher_logits) == "reference":
+        return reference.dino_loss(
+            student_logits,
+            teacher_logits,
+            center,
+            student_temp=student_temp,
+            teacher_temp=teacher_temp,
+            n_global=n_global,
+        )
+    dtype = student_logits.dtype if student_logits.dtype == teacher_logits.dtype else torch.float32
+    dtype = dtype if dtype in KERNEL_DTYPES else torch.float32
+    loss, entropy, batch_center, _ = _forward(
+        student_logits.to(dtype).contiguous(),
+        teacher_logits.to(dtype).contiguous(),
+        center.float().contiguous(),
+        temperature(student_temp),
+        temperature(teacher_temp),
+        n_global,
+    )
+    return DinoLoss(loss, batch_center, entropy, loss.detach() - entropy)
