@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from fastdino.data.manifest import Manifest
 from fastdino.evaluation.features import Progress, extract_features
 
-_SIMILARITIES = 1 << 26  # per block: 0.25 GiB of cosines and 0.5 GiB of sort keys, whatever the sizes
+_SIMILARITIES = 1 << 26  # per block: 0.25 GiB of cosines, whatever the sizes
 
 
 def knn_classify(
@@ -33,7 +33,7 @@ def knn_classify(
     Features: float [N, D] and [M, D], normalised here; labels: int [N] and [M], any values. A ``k`` beyond
     the bank uses all of it. Top-5 counts a class only if a neighbour voted for it. Equal cosines go to the
     lower bank index, equal votes to the lower label, so the result is a function of the features. Works block
-    by block (about 1 GiB) on ``device``, by default that of the features.
+    by block on ``device``, by default that of the features; needs about 0.5 GiB beside the features.
     """
     bank_labels, labels = torch.as_tensor(train_labels).long(), torch.as_tensor(test_labels).long()
     _validate(train_features, bank_labels, test_features, labels, ks, temperature)
@@ -41,7 +41,7 @@ def knn_classify(
     classes, bank_classes = torch.unique(bank_labels.to(device), return_inverse=True)  # [C], [N]
     bank = nn.functional.normalize(train_features.to(device).float(), dim=1)
     largest = min(max(ks), len(bank))
-    rows = max(1, min(len(labels), 1024, _SIMILARITIES // max(len(bank), 1)))
+    rows = min(len(labels), 1024, _SIMILARITIES)
     hits = {k: [0, 0] for k in ks}
 
     for start in range(0, len(labels), rows):
@@ -62,25 +62,29 @@ def knn_classify(
 
 
 def _nearest(queries: Tensor, bank: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The ``k`` largest cosines per query and their bank indices, [r, k] each; ties by ascending index.
-
-    topk alone leaves the choice among equal values open. So it ranks 64-bit keys whose high half orders like
-    the cosine and whose low half falls with the index: no two are equal.
-    """
+    """The ``k`` largest cosines per query and their bank indices, [r, k] each; ties by ascending index."""
     columns = max(k, _SIMILARITIES // len(queries))
-    best: Tensor | None = None
+    best = queries.new_empty(len(queries), 0)
+    best_index = torch.empty(len(queries), 0, dtype=torch.long, device=queries.device)
     for start in range(0, len(bank), columns):
-        block = bank[start : start + columns]
-        bits = (queries @ block.T + 0.0).view(torch.int32).long()  # + 0.0 turns -0.0 into 0.0
-        ordered = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
-        index = torch.arange(start, start + len(block), device=bank.device)
-        keys = (ordered << 32) | (0xFFFFFFFF - index)
-        keys = keys.topk(min(k, len(block)), dim=1).values
-        best = keys if best is None else torch.cat([best, keys], 1).topk(k, dim=1).values
-    assert best is not None
-    ordered = (best >> 32).int()
-    cosines = torch.where(ordered < 0, ordered ^ 0x7FFFFFFF, ordered).view(torch.float32)
-    return cosines, 0xFFFFFFFF - (best & 0xFFFFFFFF)
+        cosines, index = _largest(queries @ bank[start : start + columns].T, k)
+        best, best_index = torch.cat([best, cosines], 1), torch.cat([best_index, index + start], 1)
+        best_index, order = best_index.sort(dim=1)
+        best, order = best.gather(1, order).sort(dim=1, descending=True, stable=True)
+        best, best_index = best[:, :k], best_index.gather(1, order)[:, :k]
+    return best, best_index
+
+
+def _largest(values: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The ``k`` largest of each row and their columns, in any order; among equal values the lower columns."""
+    if values.shape[1] <= k:
+        return values, torch.arange(values.shape[1], device=values.device).expand_as(values)
+    top, index = values.topk(k + 1, dim=1)
+    # topk takes any of the values that equal the k-th; where one is left over, a stable sort decides instead
+    tied = torch.nonzero(top[:, k - 1] == top[:, k])[:, 0]
+    if len(tied):
+        index[tied, :k] = values[tied].sort(dim=1, descending=True, stable=True).indices[:, :k]
+    return top[:, :k], index[:, :k]
 
 
 def evaluate_knn(

@@ -61,7 +61,7 @@ def test_folders_end_to_end(tmp_path):
     # 4 dark columns are 4 patches of 16 and need all 4 of them; the empty mask does not count
     assert result.per_image == [pytest.approx(100.0), pytest.approx(100.0), None]
     assert result.mean == pytest.approx(100.0)
-    # a quarter of the mass: head 0 keeps 1 of 4 and 2 of 8 patches, head 1 the first 4 of 16 patches (one row)
+    # a quarter of the mass: head 0 keeps 1 of 4 and 2 of 8 patches, head 1 the first 4 of 16 patches
     result = jaccard(Peek(), images, masks, image_size=16, threshold=0.25)
     assert result.per_image[:2] == [pytest.approx(100 / 4), pytest.approx(100 / 4)]
     with pytest.raises(ValueError, match="no.*object|object.*none"):

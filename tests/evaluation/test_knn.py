@@ -53,8 +53,9 @@ def test_blocks_do_not_change_the_result(monkeypatch):
     rng = np.random.default_rng(0)
     data = [torch.from_numpy(x) for x in (*clusters(rng, 501, 8, 12), *clusters(rng, 203, 8, 12))]
     whole = knn_classify(*data, (3, 50))
-    monkeypatch.setattr(knn, "_SIMILARITIES", 64)  # one query and 64 bank images at a time
-    assert knn_classify(*data, (3, 50)) == whole
+    for size in (1, 64, 50_000):  # from one query and 50 bank images at a time on
+        monkeypatch.setattr(knn, "_SIMILARITIES", size)
+        assert knn_classify(*data, (3, 50)) == whole
     assert 0 < whole[3][0] < 100
 
 
@@ -79,6 +80,15 @@ def test_equal_cosines_go_to_the_lower_index():
     assert knn_classify(bank, labels, query, torch.tensor([2]), (1,))[1][0] == 100.0
     # two neighbours, one vote each for classes 2 and 1: the lower label wins
     assert knn_classify(bank, labels, query, torch.tensor([1]), (2,))[2][0] == 100.0
+
+
+def test_many_equal_cosines_across_blocks(monkeypatch):
+    rng = np.random.default_rng(3)
+    bank = torch.nn.functional.one_hot(torch.from_numpy(rng.integers(0, 4, 200)), 4).float()
+    monkeypatch.setattr(knn, "_SIMILARITIES", 4 * 33)
+    cosines, index = knn._nearest(torch.eye(4), bank, 7)
+    assert bool((cosines == 1).all())
+    assert index.tolist() == [torch.nonzero(bank[:, i])[:7, 0].tolist() for i in range(4)]
 
 
 def test_negative_cosines_are_ordered_and_returned():
