@@ -1,7 +1,8 @@
 """The C++ kernels of `csrc/`, as a ctypes library.
 
-The library lies beside this file and has a plain C interface: functions named `fdk_*` that return 0 for success and take
-the number of threads last (0: all). It is built by `setup.py`; without it the package works, through `reference.py`.
+The library lies beside this file and has a plain C interface: functions named `fdk_*` that return 0 for
+success and take the number of threads last (0: all). `setup.py` builds it; without it the package works,
+through the eager reference code.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ PATH = Path(__file__).with_name("libfastdino_cpu.so")
 
 @functools.cache
 def library() -> ctypes.CDLL | None:
-    """The library, or None when it is not built or does not fit this package (said once, as a RuntimeWarning)."""
+    """The library, or None (with a RuntimeWarning, once) when it is not built or does not fit."""
     reason = None
     try:
         lib = ctypes.CDLL(str(PATH))
@@ -37,7 +38,7 @@ def library() -> ctypes.CDLL | None:
 
 
 def num_threads() -> int:
-    """Threads for one call of a kernel: what torch uses on the CPU (`torch.set_num_threads`, `OMP_NUM_THREADS`)."""
+    """Threads for a call of a kernel: those of torch (`torch.set_num_threads`, `OMP_NUM_THREADS`)."""
     import torch
 
     return torch.get_num_threads()
