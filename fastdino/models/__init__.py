@@ -36,12 +36,14 @@ class MultiCropModel(nn.Module):
         self.head = head
 
     def forward(self, crops: Tensor | Sequence[Tensor]) -> Tensor:
-        """Crops, [B, C, H, W] or a sequence of such, -> bottleneck features [sum of B, D] (see ``DINOHead.bottleneck``)."""
+        """Crops, [B, C, H, W] or a sequence of such -> bottleneck features [sum of B, D], see the head."""
         return self.head.bottleneck(self.backbone(crops))
 
 
-def build_backbone(model: ModelConfig, *, drop_path_rate: float = 0.0, img_size: int = 224) -> VisionTransformer:
-    """The backbone a configuration describes. ValueError for an unknown ``arch`` or sizes that do not fit together."""
+def build_backbone(
+    model: ModelConfig, *, drop_path_rate: float = 0.0, img_size: int = 224
+) -> VisionTransformer:
+    """The backbone a configuration describes; ValueError for an unknown ``arch`` or sizes that do not fit."""
     arch = model.arch.replace("deit", "vit")
     if arch not in BACKBONES:
         close = difflib.get_close_matches(arch, BACKBONES, n=1)

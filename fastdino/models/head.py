@@ -1,7 +1,8 @@
 """The DINO projection head (arXiv 2104.14294, section 3.2 and appendix C).
 
-An MLP, an l2-normalised bottleneck, and a bias-free, weight-normalised linear layer onto K prototypes. Loss kernels never see the
-K logits of a row: they take ``bottleneck(x)`` and ``weight()``, whose product the logits are.
+An MLP, an l2-normalised bottleneck, and a bias-free, weight-normalised linear layer onto K prototypes. Loss
+kernels need not see the K logits of a row: they take ``bottleneck(x)`` and ``weight()``, whose product the
+logits are.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ ACTIVATIONS: dict[str, type[nn.Module]] = {"gelu": nn.GELU, "relu": nn.ReLU}
 
 
 class WeightNormLinear(nn.Module):
-    """``x W^T`` with rows ``W_k = g_k v_k / |v_k|``; parameters under the official names, gains [K, 1] starting at 1."""
+    """Rows ``W_k = g_k v_k / |v_k|`` under the official parameter names; the gains start at 1."""
 
     def __init__(self, in_dim: int, out_dim: int) -> None:
         super().__init__()
@@ -24,17 +25,18 @@ class WeightNormLinear(nn.Module):
         self.weight_v = nn.Parameter(nn.Linear(in_dim, out_dim, bias=False).weight.detach())
 
     def weight(self) -> Tensor:
-        """[K, in_dim]."""
+        """W [K, in_dim]."""
         return torch._weight_norm(self.weight_v, self.weight_g, 0)
 
 
 class DINOHead(nn.Module):
     """Projection head, [R, in_dim] -> [R, out_dim].
 
-    ``nlayers`` counts the linear layers that map ``in_dim`` to the bottleneck through ``hidden_dim``; the prototype layer
-    ``last_layer`` comes on top. With ``bottleneck_dim`` 0 there is no bottleneck, no normalisation and no weight norm: ``nlayers``
-    plain linear layers in all, the last of them (still named ``last_layer``) ending at ``out_dim``, with bias.
-    ``norm_last_layer`` freezes the gains of the prototypes at 1.
+    ``nlayers`` counts the linear layers that map ``in_dim`` to the bottleneck through ``hidden_dim``; the
+    prototype layer ``last_layer`` comes on top. With ``bottleneck_dim`` 0 there is no bottleneck, no
+    normalisation and no weight norm: ``nlayers`` plain linear layers in all, the last of them (still named
+    ``last_layer``) ending at ``out_dim``, with bias. ``norm_last_layer`` freezes the gains of the prototypes
+    at 1.
     """
 
     def __init__(
@@ -49,7 +51,8 @@ class DINOHead(nn.Module):
         act: str = "gelu",
     ) -> None:
         super().__init__()
-        for name, value in (("in_dim", in_dim), ("out_dim", out_dim), ("nlayers", nlayers), ("hidden_dim", hidden_dim)):
+        counts = {"in_dim": in_dim, "out_dim": out_dim, "nlayers": nlayers, "hidden_dim": hidden_dim}
+        for name, value in counts.items():
             if value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
         if bottleneck_dim < 0:
@@ -67,7 +70,7 @@ class DINOHead(nn.Module):
             width = hidden_dim
         if bottleneck_dim:
             layers.append(nn.Linear(width, bottleneck_dim))
-        # A single linear layer is not wrapped, so that its parameters have the official names mlp.weight and mlp.bias.
+        # A single linear layer is not wrapped: its official parameter names are mlp.weight and mlp.bias.
         self.mlp = layers[0] if len(layers) == 1 else nn.Sequential(*layers)
         self.last_layer: nn.Linear | WeightNormLinear
         if bottleneck_dim:
@@ -79,9 +82,10 @@ class DINOHead(nn.Module):
             self.apply(init_linear)
 
     def bottleneck(self, x: Tensor) -> Tensor:
-        """Features [R, in_dim] -> what the prototypes see, [R, D], fp32 at least; unit rows if the head has a bottleneck.
+        """Features [R, in_dim] -> what the prototypes see, [R, D] in fp32 or wider; rows of length 1.
 
-        Without a bottleneck it is the hidden layer with a 1 appended, the partner of the bias column of :meth:`weight`.
+        Without a bottleneck these are the hidden features, not normalised, with a 1 for the bias in
+        :meth:`weight`.
         """
         x = self.mlp(x)
         x = x.to(torch.promote_types(x.dtype, torch.float32))

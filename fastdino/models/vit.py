@@ -1,8 +1,9 @@
-"""Vision Transformer with the parameter names, initialisation and position interpolation of the official DINO code.
+"""Vision Transformer with the parameter names, initialisation and position interpolation of official DINO.
 
-Dosovitskiy et al. 2020 (arXiv 2010.11929) in the DeiT variant that DINO uses (arXiv 2104.14294, section 3.2): pre-norm blocks, a
-[CLS] token, learned position embeddings. A list of crops of different resolutions goes through in one pass: the tokens of all
-crops form one matrix [T, D] for norms and linear layers, and only the attention works per resolution (see ``attention.py``).
+Dosovitskiy et al. 2020 (arXiv 2010.11929) in the DeiT variant that DINO uses (arXiv 2104.14294, section 3.2):
+pre-norm blocks, a [CLS] token, learned position embeddings. Crops of different resolutions go through in one
+pass: the tokens of all crops form one matrix [T, D] for norms and linear layers, and only the attention works
+per resolution (see ``attention.py``).
 """
 
 from __future__ import annotations
@@ -15,11 +16,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastdino.models.attention import Groups, attention, attention_map, cls_attention
+from fastdino.models.attention import Groups, attention, attention_map, cls_attention, join, split_groups
 
 
 class PatchEmbed(nn.Module):
-    """Linear projection of non-overlapping patches; ``proj`` is a convolution in name and shape, [D, C, P, P]."""
+    """Linear projection of non-overlapping patches; ``proj`` has the shape of a convolution, [D, C, P, P]."""
 
     def __init__(self, img_size: int, patch_size: int, in_chans: int, embed_dim: int) -> None:
         super().__init__()
@@ -28,7 +29,7 @@ class PatchEmbed(nn.Module):
         self.proj = nn.Conv2d(in_chans, embed_dim, kernel_size=patch_size, stride=patch_size)
 
     def forward(self, x: Tensor) -> Tensor:
-        """[B, C, H, W] -> [B, (H//P)*(W//P), D]; pixels beyond the last whole patch are ignored, as by the convolution."""
+        """[B, C, H, W] -> [B, (H//P)*(W//P), D]; pixels beyond the last whole patch are ignored."""
         batch, chans, height, width = x.shape
         p = self.patch_size
         h, w = height // p, width // p
@@ -77,10 +78,13 @@ class Block(nn.Module):
         self.norm2 = nn.LayerNorm(dim, eps=1e-6)
         self.mlp = Mlp(dim, int(dim * mlp_ratio))
 
-    def forward(self, x: Tensor, groups: Groups, drop: Tensor | None = None, cls_only: bool = False) -> Tensor:
-        """[T, D] -> [T, D], or [crops, D] with ``cls_only``.
+    def forward(
+        self, x: Tensor, groups: Groups, drop: Tensor | None = None, cls_only: bool = False
+    ) -> Tensor:
+        """[T, D] -> [T, D], or the [CLS] rows alone, [crops, D], with ``cls_only``.
 
-        ``drop`` [2, crops] scales the two residual branches of every crop (stochastic depth); none leaves them as they are.
+        ``drop`` [2, crops] scales the two residual branches of every crop (stochastic depth); none leaves
+        them alone.
         """
         if cls_only:
             y = self.attn.forward_cls(self.norm1(x), groups)
@@ -98,9 +102,10 @@ class Block(nn.Module):
 class VisionTransformer(nn.Module):
     """ViT backbone: images to normalised [CLS] features.
 
-    ``img_size`` fixes the grid of the learned position embeddings only; images of any size, square or not, are accepted and the
-    embeddings are interpolated to them. ``drop_path_rate`` is the stochastic depth of the last block in training mode (0 in the
-    first block, linear in between); its random numbers come from PyTorch's default generator of the device.
+    ``img_size`` fixes the grid of the learned position embeddings only; images of any size, square or not,
+    are accepted and the embeddings are interpolated to them. ``drop_path_rate`` is the stochastic depth of
+    the last block in training mode (0 in the first, linear in between); its random numbers come from
+    PyTorch's default generator of the device.
     """
 
     def __init__(
@@ -115,13 +120,14 @@ class VisionTransformer(nn.Module):
         drop_path_rate: float = 0.0,
     ) -> None:
         super().__init__()
-        for name, value in (("patch_size", patch_size), ("in_chans", in_chans), ("depth", depth), ("num_heads", num_heads)):
+        counts = {"patch_size": patch_size, "in_chans": in_chans, "depth": depth, "num_heads": num_heads}
+        for name, value in counts.items():
             if value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
         if patch_size > img_size:
             raise ValueError(f"patch_size {patch_size} is larger than the image ({img_size} pixels)")
         if embed_dim < 1 or embed_dim % num_heads:
-            raise ValueError(f"embed_dim must be a positive multiple of num_heads, got {embed_dim} and {num_heads}")
+            raise ValueError(f"embed_dim must be a multiple of num_heads ({num_heads}), got {embed_dim}")
         if not 0.0 <= drop_path_rate < 1.0:
             raise ValueError(f"drop_path_rate must be in [0, 1), got {drop_path_rate}")
         self.embed_dim = embed_dim
@@ -143,8 +149,8 @@ class VisionTransformer(nn.Module):
     def forward(self, x: Tensor | Sequence[Tensor]) -> Tensor:
         """Normalised [CLS] features.
 
-        ``x`` is one batch of images [B, C, H, W] -> [B, D], or a sequence of batches of possibly different resolutions, whose
-        features are returned one after another: [sum of B, D].
+        ``x`` is one batch of images [B, C, H, W] -> [B, D], or a sequence of batches of possibly different
+        resolutions, whose features are returned one after another: [sum of B, D].
         """
         tokens, groups = self.prepare_tokens([x] if isinstance(x, Tensor) else x)
         drop = self._drop_scales(groups, tokens)
@@ -154,7 +160,7 @@ class VisionTransformer(nn.Module):
         return self.norm(tokens)
 
     def get_intermediate_layers(self, x: Tensor, n: int = 1) -> list[Tensor]:
-        """Normalised tokens [B, 1+N, D] after each of the last ``n`` blocks, deepest last; ``x`` is [B, C, H, W]."""
+        """Images [B, C, H, W] -> normalised tokens [B, 1+N, D] of the last ``n`` blocks, deepest last."""
         if not 1 <= n <= self.depth:
             raise ValueError(f"n must be between 1 and the number of blocks ({self.depth}), got {n}")
         tokens, groups = self.prepare_tokens([x])
@@ -167,12 +173,13 @@ class VisionTransformer(nn.Module):
         return outputs
 
     def get_last_selfattention(self, x: Tensor) -> Tensor:
-        """Attention probabilities of the last block, [B, heads, 1+N, 1+N], for images [B, C, H, W]; token 0 is [CLS]."""
+        """Images [B, C, H, W] -> attention of the last block [B, heads, 1+N, 1+N]; row 0 is [CLS]."""
         tokens, groups = self.prepare_tokens([x])
         drop = self._drop_scales(groups, tokens)
         for i, block in enumerate(self.blocks[:-1]):
             tokens = block(tokens, groups, drop[i])
         last = self.blocks[-1]
+        assert isinstance(last, Block)
         return attention_map(last.attn.qkv(last.norm1(tokens)), len(x), self.num_heads)
 
     def prepare_tokens(self, crops: Sequence[Tensor]) -> tuple[Tensor, Groups]:
@@ -180,7 +187,8 @@ class VisionTransformer(nn.Module):
         if not crops:
             raise ValueError("expected at least one batch of images, got an empty sequence")
         positions: dict[tuple[int, int], Tensor] = {}
-        parts, groups = [], []
+        parts: list[Tensor] = []
+        groups: list[tuple[int, int]] = []
         for x in crops:
             self._check_images(x)
             batch, _, height, width = x.shape
@@ -193,18 +201,20 @@ class VisionTransformer(nn.Module):
                 groups[-1] = (groups[-1][0] + batch, tokens.shape[1])
             else:
                 groups.append((batch, tokens.shape[1]))
-        return parts[0] if len(parts) == 1 else torch.cat(parts), tuple(groups)
+        return join(parts), tuple(groups)
 
     def interpolate_pos_encoding(self, height: int, width: int) -> Tensor:
         """Position embeddings [1, 1+N, D] for an image of ``height`` x ``width`` pixels, differentiable.
 
-        Bicubic, without antialiasing. The scale handed to the interpolation is (n + 0.1) / grid as in the official code, which
-        also sets the sampling positions: the plain n / grid gives visibly different embeddings, and released weights expect these.
+        Bicubic, without antialiasing. The scale handed to the interpolation is (n + 0.1) / grid as in the
+        official code and also sets the sampling positions: released weights expect it, and n / grid gives
+        quite other embeddings.
         """
         num_patches = self.pos_embed.shape[1] - 1
         p = self.patch_size
         h, w = height // p, width // p
-        # Not only an equal number of patches: 225 x 224 pixels are interpolated by the official code, 225 x 225 are not.
+        # The official condition: 225 x 225 pixels take the embeddings as they are, 225 x 224 interpolate
+        # them.
         if h * w == num_patches and height == width:
             return self.pos_embed
         side = math.isqrt(num_patches)
@@ -217,10 +227,11 @@ class VisionTransformer(nn.Module):
         if x.ndim != 4 or x.shape[1] != self.in_chans:
             raise ValueError(f"images must be [B, {self.in_chans}, H, W], got shape {tuple(x.shape)}")
         if min(x.shape[2:]) < self.patch_size:
-            raise ValueError(f"images of {x.shape[2]} x {x.shape[3]} pixels are smaller than a patch ({self.patch_size})")
+            size = f"{x.shape[2]} x {x.shape[3]} pixels"
+            raise ValueError(f"images must hold at least one patch of {self.patch_size} pixels, got {size}")
 
     def _drop_scales(self, groups: Groups, tokens: Tensor) -> list[Tensor | None]:
-        """For each block [2, crops]: 0 where a residual branch is dropped, 1 / (1 - rate) where it is kept; none where rate is 0."""
+        """Per block [2, crops]: 0 drops a residual branch, 1 / (1 - rate) keeps it; none where rate is 0."""
         if not self.training or self.drop_path_rate == 0.0:
             return [None] * self.depth
         rates = torch.linspace(0, self.drop_path_rate, self.depth).tolist()
@@ -231,16 +242,14 @@ class VisionTransformer(nn.Module):
 
 def cls_rows(x: Tensor, groups: Groups) -> Tensor:
     """[T, D] -> [crops, D]: the first token of every crop."""
-    parts = x.split([crops * tokens for crops, tokens in groups])
-    rows = [part.view(*group, -1)[:, 0] for part, group in zip(parts, groups, strict=True)]
-    return rows[0] if len(rows) == 1 else torch.cat(rows)
+    parts = zip(split_groups(x, groups), groups, strict=True)
+    return join([part.view(*group, -1)[:, 0] for part, group in parts])
 
 
 def per_token(scale: Tensor, groups: Groups) -> Tensor:
     """[..., crops] -> [..., T]: the value of every crop repeated for each of its tokens."""
-    parts = scale.split([crops for crops, _ in groups], dim=-1)
-    rows = [part[..., None].expand(*part.shape, n).flatten(-2) for part, (_, n) in zip(parts, groups, strict=True)]
-    return rows[0] if len(rows) == 1 else torch.cat(rows, dim=-1)
+    parts = zip(scale.split([crops for crops, _ in groups], dim=-1), groups, strict=True)
+    return join([part[..., None].expand(*part.shape, n).flatten(-2) for part, (_, n) in parts], dim=-1)
 
 
 def init_linear(module: nn.Module) -> None:
@@ -251,16 +260,27 @@ def init_linear(module: nn.Module) -> None:
             nn.init.zeros_(module.bias)
 
 
+VIT_TINY = {"embed_dim": 192, "depth": 12, "num_heads": 3}
+VIT_SMALL = {"embed_dim": 384, "depth": 12, "num_heads": 6}
+VIT_BASE = {"embed_dim": 768, "depth": 12, "num_heads": 12}
+
+
 def vit_tiny(patch_size: int = 16, **kwargs: Any) -> VisionTransformer:
-    """ViT-T: 12 blocks of width 192, 3 heads. Further arguments as :class:`VisionTransformer`."""
-    return VisionTransformer(**{"patch_size": patch_size, "embed_dim": 192, "depth": 12, "num_heads": 3, **kwargs})
+    """ViT-T: 12 blocks of width 192, 3 heads. Further arguments are those of :class:`VisionTransformer`."""
+    return VisionTransformer(**{"patch_size": patch_size, **VIT_TINY, **kwargs})
 
 
 def vit_small(patch_size: int = 16, **kwargs: Any) -> VisionTransformer:
-    """ViT-S: 12 blocks of width 384, 6 heads (DINO Table 1). Further arguments as :class:`VisionTransformer`."""
-    return VisionTransformer(**{"patch_size": patch_size, "embed_dim": 384, "depth": 12, "num_heads": 6, **kwargs})
+    """ViT-S: 12 blocks of width 384, 6 heads (DINO Table 1).
+
+    Further arguments are those of :class:`VisionTransformer`.
+    """
+    return VisionTransformer(**{"patch_size": patch_size, **VIT_SMALL, **kwargs})
 
 
 def vit_base(patch_size: int = 16, **kwargs: Any) -> VisionTransformer:
-    """ViT-B: 12 blocks of width 768, 12 heads (DINO Table 1). Further arguments as :class:`VisionTransformer`."""
-    return VisionTransformer(**{"patch_size": patch_size, "embed_dim": 768, "depth": 12, "num_heads": 12, **kwargs})
+    """ViT-B: 12 blocks of width 768, 12 heads (DINO Table 1).
+
+    Further arguments are those of :class:`VisionTransformer`.
+    """
+    return VisionTransformer(**{"patch_size": patch_size, **VIT_BASE, **kwargs})
