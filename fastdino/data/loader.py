@@ -402,7 +402,7 @@ class ImageSource:
 def import_dali() -> Any:
     """The nvidia.dali module; ImportError says how to install it."""
     try:
-        from nvidia import dali
+        import nvidia.dali as dali
     except ImportError as error:
         raise ImportError(f"NVIDIA DALI reads the images but is not installed: {INSTALL_DALI}") from error
     return dali

@@ -96,19 +96,20 @@ def _from_folder(root: str) -> Manifest:
     if names:
         return Manifest(_walk(root, {identity}, passed_over), None, [], root)
 
-    class_names = [os.path.basename(folder) for folder in folders]
-    paths, labels = [], []
+    # A link back to the root is no class, and one deeper down is not entered: it would put every image there.
+    folders = [folder for folder in folders if _identity(folder) != identity]
+    paths: list[str] = []
+    labels: list[int] = []
     for label, folder in enumerate(folders):
-        # The root counts as visited, or a link back to it would put every image of the set into this class.
-        found = _walk(folder, {identity, _identity(folder)}, passed_over)
-        paths += found
-        labels += [label] * len(found)
+        images = _walk(folder, {identity, _identity(folder)}, passed_over)
+        paths += images
+        labels += [label] * len(images)
     if not paths:
-        found = _describe(len(folders), passed_over)
         raise ValueError(
-            f"--data_path: no images in {printable(root)}: found {found}; "
+            f"--data_path: no images in {printable(root)}: found {_describe(len(folders), passed_over)}; "
             f"expected files ending in {' '.join(IMAGE_SUFFIXES)}"
         )
+    class_names = [os.path.basename(folder) for folder in folders]
     return Manifest(paths, np.asarray(labels, np.int64), class_names, root)
 
 
@@ -134,7 +135,8 @@ def _scan(folder: str, passed_over: Counter[str]) -> tuple[list[str], list[str]]
     """Sorted image file names and sorted paths of the subfolders of one folder."""
     # os.path for links because DirEntry raises on one that points at itself; DirEntry for the rest because it
     # needs no stat.
-    names, subfolders = [], []
+    names: list[str] = []
+    subfolders: list[str] = []
     with os.scandir(folder) as entries:
         for entry in entries:
             if entry.name.startswith("."):
@@ -179,7 +181,8 @@ def _from_list(root: str) -> Manifest:
         )
 
     base = os.path.dirname(root)
-    paths, names = [], []
+    paths: list[str] = []
+    names: list[str] = []
     for number, line in lines:
         path, tab, label = line.partition(b"\t")
         if bool(tab) != bool(names) and paths:

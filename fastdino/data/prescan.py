@@ -123,7 +123,7 @@ def _open(path: str) -> tuple[Verdict, Any]:
         stream = import_nvimgcodec().CodeStream(content)
         height, width = stream.height, stream.width
     except RuntimeError:
-        return Verdict(0, 0, f"not an image of a known format (starts with {content[:8]!r})"), None
+        return Verdict(0, 0, f"not an image, or cut short (the file starts with {content[:8]!r})"), None
     if height * width > MAX_PIXELS:
         return Verdict(0, 0, f"{width} x {height} pixels, more than the limit of {MAX_PIXELS:,}"), None
     return Verdict(height, width, ""), stream
@@ -145,7 +145,7 @@ def import_nvimgcodec() -> Any:
     # Its own complaints name no file; ours do. Read once, when the module is first imported.
     os.environ.setdefault("PYNVIMGCODEC_VERBOSITY", "0")
     try:
-        from nvidia import nvimgcodec
+        import nvidia.nvimgcodec as nvimgcodec
     except ImportError as error:
         raise ImportError(f"NVIDIA DALI decodes the images but is not installed: {INSTALL_DALI}") from error
     return nvimgcodec
@@ -248,8 +248,11 @@ def _load_cache(path: Path, paths: list[str], stamps: list[tuple[int, int]]) -> 
     verdicts: list[Verdict | None] = []
     for name, stamp in zip(paths, stamps, strict=True):
         entry = cached.get(os.fsencode(os.path.abspath(name)))
-        valid = entry is not None and tuple(entry[0]) == stamp != (-1, -1)
-        verdicts.append(Verdict(*entry[1], entry[2]) if valid and entry is not None else None)
+        if entry is not None and tuple(entry[0]) == stamp != (-1, -1):
+            height, width = entry[1]
+            verdicts.append(Verdict(height, width, entry[2]))
+        else:
+            verdicts.append(None)
     return verdicts
 
 
