@@ -1,8 +1,8 @@
 """Installs the packages fastdino and fastdino_kernels and compiles csrc/ into one plain C-ABI library.
 
-The library needs neither Python nor torch headers, so building needs only a C++17 compiler and one wheel serves every Python
-and every torch. $CXX chooses the compiler. Without one the install still works and the kernels run on their eager fallback;
-FASTDINO_BUILD=0 leaves the library out on purpose, FASTDINO_BUILD=1 makes its absence an error.
+The library needs neither Python nor torch headers: a C++17 compiler ($CXX, else c++) builds it, and one wheel
+serves every Python and every torch. Without a compiler the install still works and the kernels take their slower
+fallback; FASTDINO_BUILD=0 leaves the library out on purpose, FASTDINO_BUILD=1 makes its absence an error.
 """
 
 from __future__ import annotations
@@ -22,20 +22,21 @@ from setuptools.command.sdist import sdist
 
 ROOT = Path(__file__).resolve().parent
 LIBRARY = Path("fastdino_kernels", "libfastdino_cpu.so")
-# Errno would keep loops with square roots from being vectorised; the note on vector arguments concerns calls we inline.
+# Errno keeps loops with square roots from being vectorised; psabi notes concern calls that are inlined.
 CXXFLAGS = ["-O3", "-std=c++17", "-fPIC", "-shared", "-pthread", "-fno-math-errno", "-Wno-psabi"]
 
 
 def version() -> str:
     """Version string, read from fastdino/__init__.py without importing it."""
-    found = re.search(r'^__version__ = "([^"]+)"', (ROOT / "fastdino" / "__init__.py").read_text("utf-8"), re.M)
+    text = (ROOT / "fastdino" / "__init__.py").read_text("utf-8")
+    found = re.search(r'^__version__ = "([^"]+)"', text, re.M)
     if found is None:
         raise RuntimeError("fastdino/__init__.py: expected a line __version__ = \"...\"")
     return found.group(1)
 
 
 def compiler() -> list[str] | None:
-    """Command of the C++ compiler ($CXX, else c++, else g++, else clang++), or None when there is none."""
+    """Command of the C++ compiler ($CXX, else c++, g++, clang++), or None when there is none."""
     chosen = os.environ.get("CXX", "").strip()
     for command in [chosen] if chosen else ["c++", "g++", "clang++"]:
         words = shlex.split(command)
@@ -135,7 +136,7 @@ setup(
     description="Fast DINO self-supervised pretraining of vision transformers, with drop-in kernels",
     long_description=(ROOT / "README.md").read_text("utf-8") if (ROOT / "README.md").exists() else "",
     long_description_content_type="text/markdown",
-    license="Apache-2.0",
+    license_expression="Apache-2.0",
     license_files=["LICENSE"],
     python_requires=">=3.10",
     packages=[
@@ -145,7 +146,7 @@ setup(
     ],
     package_dir={"fastdino": "fastdino", "fastdino_kernels": "kernels/fastdino_kernels"},
     package_data={"fastdino": ["py.typed"], "fastdino_kernels": ["py.typed"]},
-    # The kernels need torch (and numpy for the array interface); triton is left to CUDA builds of torch, which pin their own.
+    # The kernels need the first two. Triton is left to the CUDA builds of torch, which pin their own.
     install_requires=[
         "torch>=2.10",
         "numpy>=1.26",

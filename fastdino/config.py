@@ -105,7 +105,7 @@ class OptimConfig:
     min_lr: float = 1e-6
     """Learning rate at the end (not scaled)."""
     optimizer: Literal["adamw", "sgd", "lars"] = "adamw"
-    """Optimizer."""
+    """Update rule of the student; sgd and lars have momentum 0.9."""
     max_bad_steps: int = 10
     """NaN or infinite steps in a row before the run stops; such steps change nothing."""
 

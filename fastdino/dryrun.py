@@ -1,7 +1,7 @@
 """Size, cost and length of a run by arithmetic alone: nothing is built and torch is not imported.
 
-Parameters are exact. FLOPs count the matrix products, 2 per multiply-add, of one image's crops through student
-and teacher. Memory is an estimate from the tensors that autograd keeps.
+Parameters are exact. FLOPs count matrix products, 2 per multiply-add, of one image's crops in student and
+teacher. Memory is an estimate from the tensors that autograd keeps.
 """
 
 from __future__ import annotations
@@ -49,7 +49,9 @@ class Estimate:
     @property
     def flops_of_run(self) -> float | None:
         """FLOPs of all processes over the whole run."""
-        return None if self.total_steps is None else self.flops_per_image * self.global_batch * self.total_steps
+        if self.total_steps is None:
+            return None
+        return self.flops_per_image * self.global_batch * self.total_steps
 
 
 def estimate(config: Config, images: int | None, world_size: int = 1) -> Estimate:
@@ -180,7 +182,7 @@ def _head_products(model: ModelConfig) -> tuple[int, int]:
 
 
 def _forward_flops(model: ModelConfig, size: int) -> tuple[float, float]:
-    """``(patch embedding, blocks)`` of one crop: per block 24 N D^2 in the linear layers, 4 N^2 D in attention."""
+    """``(patch embedding, blocks)`` of one crop; per block linear layers 24 N D^2, attention 4 N^2 D."""
     width, depth, _ = backbone_shape(model)
     tokens = _tokens(model, size)
     patch = 2.0 * (tokens - 1) * width * model.in_chans * model.patch_size**2
@@ -192,7 +194,7 @@ def _half(config: Config) -> bool:
 
 
 def _state_bytes(config: Config, parameters: int, world_size: int) -> float:
-    """Student, teacher, gradients and optimizer in fp32, 16-bit copies, a bucket, weight-normed last layers."""
+    """Student, teacher, gradients, optimizer in fp32; 16-bit copies; a bucket; weight-normed last layers."""
     per_parameter = 12 + (8 if config.optim.optimizer == "adamw" else 4)
     per_parameter += 4 if _half(config) else 0
     per_parameter += 4 if world_size > 1 else 0

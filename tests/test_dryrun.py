@@ -1,0 +1,139 @@
+"""Dry run: parameter counts, FLOPs, steps and memory against published figures and the built models."""
+
+from __future__ import annotations
+
+import io
+from typing import Any
+
+import pytest
+
+from fastdino.config import Config, config_from_flags, with_flags
+from fastdino.dryrun import backbone_parameters, estimate, flops_per_image, head_parameters, table
+
+
+def model(**flags: Any) -> Any:
+    return with_flags(Config(), flags).model
+
+
+@pytest.mark.parametrize(
+    ("arch", "patch", "expected"),
+    [
+        ("vit_tiny", 16, 5_524_416),
+        ("vit_tiny", 8, 5_526_720),
+        ("deit_small", 16, 21_665_664),
+        ("vit_small", 8, 21_670_272),
+        ("vit_small", 5, 22_067_712),
+        ("vit_base", 16, 85_798_656),
+        ("vit_base", 8, 85_807_872),
+    ],
+)
+def test_backbone_parameters(arch: str, patch: int, expected: int) -> None:
+    assert backbone_parameters(model(arch=arch, patch_size=patch)) == expected
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        ({}, 22_352_128),
+        ({"arch": "vit_tiny"}, 21_958_912),
+        ({"arch": "vit_base"}, 23_138_560),
+        ({"out_dim": 1024}, 5_772_544),
+        ({"out_dim": 4096}, 6_562_048),
+        ({"out_dim": 262144}, 72_880_384),
+        ({"use_bn_in_head": True}, 22_352_128 + 8_192),
+        ({"out_dim": 4096, "head_layers": 1}, 1_151_232),
+        ({"out_dim": 4096, "head_layers": 2}, 2_365_696),
+        ({"out_dim": 4096, "bottleneck_dim": 0, "head_layers": 1}, 1_576_960),
+        ({"out_dim": 4096, "bottleneck_dim": 0, "head_layers": 2}, 9_181_184),
+        ({"out_dim": 4096, "bottleneck_dim": 0, "head_layers": 3}, 13_377_536),
+        ({"out_dim": 4096, "bottleneck_dim": 0, "head_layers": 4}, 17_573_888),
+    ],
+)
+def test_head_parameters(flags: dict[str, Any], expected: int) -> None:
+    assert head_parameters(model(**flags)) == expected
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        {"arch": "vit_tiny", "out_dim": 512, "global_crops_size": 64, "local_crops_size": 32},
+        {"arch": "vit_tiny", "out_dim": 512, "norm_last_layer": False, "use_bn_in_head": True},
+        {"arch": "vit_tiny", "out_dim": 512, "bottleneck_dim": 0, "head_layers": 2, "depth": 2},
+        {"out_dim": 512, "embed_dim": 64, "num_heads": 2, "patch_size": 5, "head_layers": 4},
+    ],
+)
+def test_counts_equal_the_built_model(flags: dict[str, Any]) -> None:
+    from fastdino.models import build_model
+
+    config = with_flags(Config(), flags)
+    built = build_model(config.model, img_size=config.crops.global_crops_size)
+    result = estimate(config, None)
+    assert result.backbone_parameters == sum(p.numel() for p in built.backbone.parameters())
+    assert result.head_parameters == sum(p.numel() for p in built.head.parameters())
+    assert result.trainable_parameters == sum(p.numel() for p in built.parameters() if p.requires_grad)
+
+
+# GFLOP per image by number of local crops: ViT-S/16, S/8, B/16, B/8.
+@pytest.mark.parametrize(
+    ("local", "expected"),
+    [
+        (0, (73.7, 358.6, 280.9, 1250)),
+        (2, (83.6, 398.2, 319.4, 1403)),
+        (6, (103.5, 477.5, 396.3, 1709)),
+        (8, (113.4, 517.1, 434.8, 1862)),
+        (10, (123.4, 556.7, 473.2, 2015)),
+    ],
+)
+def test_flops_per_image(local: int, expected: tuple[float, ...]) -> None:
+    kinds = [("vit_small", 16), ("vit_small", 8), ("vit_base", 16), ("vit_base", 8)]
+    for (arch, patch), gflop in zip(kinds, expected, strict=True):
+        config = with_flags(Config(), {"arch": arch, "patch_size": patch, "local_crops_number": local})
+        assert flops_per_image(config) / 1e9 == pytest.approx(gflop, abs=0.5 if gflop >= 1000 else 0.05)
+
+
+def test_steps() -> None:
+    config = config_from_flags(preset="paper-100")
+    result = estimate(config, 1_281_167, 16)
+    assert (result.global_batch, result.micro_batch, result.micro_batches) == (1024, 64, 1)
+    assert (result.steps_per_epoch, result.total_steps) == (1251, 125_100)
+    assert result.flops_of_run == pytest.approx(result.flops_per_image * 1024 * 125_100)
+    assert estimate(with_flags(config, {"max_steps": 10}), 1_281_167, 16).total_steps == 10
+    unknown = estimate(config, None, 16)
+    assert (unknown.steps_per_epoch, unknown.total_steps, unknown.flops_of_run) == (None, None, None)
+
+
+# Activations in GB without the N x N maps at 64 images per GPU, counted in the tensors of the official code.
+@pytest.mark.parametrize(("local", "gigabytes"), [(0, 4.18), (2, 4.97), (6, 6.54), (10, 8.12)])
+def test_activation_memory_of_table_8(local: int, gigabytes: float) -> None:
+    config = with_flags(Config(), {"local_crops_number": local, "batch_size_per_gpu": 64})
+    assert estimate(config, None).activation_bytes / 1e9 == pytest.approx(gigabytes, rel=0.03)
+
+
+# Table 8 was measured with the N x N attention maps (2.15 to 2.52 GB) and all log-probabilities kept.
+@pytest.mark.parametrize(("local", "measured"), [(0, 9.3), (2, 10.5), (6, 12.9), (10, 15.4)])
+def test_memory_is_below_table_8(local: int, measured: float) -> None:
+    config = with_flags(Config(), {"local_crops_number": local})
+    assert 0.6 * measured < estimate(config, None, 16).memory_bytes / 1e9 < 0.9 * measured
+
+
+def test_memory_grows_with_what_is_kept() -> None:
+    base = estimate(Config(), None)
+    fp32 = estimate(with_flags(Config(), {"precision": "fp32"}), None)
+    assert fp32.activation_bytes > 1.5 * base.activation_bytes
+    assert estimate(with_flags(Config(), {"optimizer": "lars"}), None).state_bytes < base.state_bytes
+    half = with_flags(Config(), {"batch_size": 64, "batch_size_per_gpu": 32})
+    assert estimate(half, None).activation_bytes == base.activation_bytes / 2
+    assert estimate(half, None).micro_batches == 2
+
+
+def test_table_shows_the_figures() -> None:
+    from rich.console import Console
+
+    console = Console(width=100, record=True, file=io.StringIO())
+    config = config_from_flags(preset="table8-2x224-10x96")
+    console.print(table(estimate(config, 1_281_167, 16), config))
+    text = console.export_text()
+    for figure in ("21,665,664", "22,352,128", "123.4 G", "1,024 = 16 x 1 x 64", "125,100", "10 x 96²"):
+        assert figure in text
+    console.print(table(estimate(config, None), config))
+    assert "give --data_path" in console.export_text()
