@@ -234,7 +234,7 @@ class VisionTransformer(nn.Module):
         """Per block [2, crops]: 0 drops a residual branch, 1 / (1 - rate) keeps it; none where rate is 0."""
         if not self.training or self.drop_path_rate == 0.0:
             return [None] * self.depth
-        rates = torch.linspace(0, self.drop_path_rate, self.depth).tolist()
+        rates = [self.drop_path_rate * i / max(self.depth - 1, 1) for i in range(self.depth)]
         crops = sum(n for n, _ in groups)
         draws = torch.rand(self.depth, 2, crops, device=tokens.device)
         return [(draws[i] >= r).to(tokens.dtype) / (1 - r) if r > 0 else None for i, r in enumerate(rates)]
