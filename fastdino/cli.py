@@ -94,11 +94,12 @@ def main(argv: Sequence[str]) -> int:
     config, actions = parse(argv)
     if actions.dry_run or actions.preview_crops:
         return _without_training(config, actions)
+    from fastdino.engine.checkpoint import CheckpointError
     from fastdino.engine.trainer import Trainer
 
     try:
         trainer = Trainer(config)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, CheckpointError) as error:
         fail(str(error))
     trainer.fit()
     return 0

@@ -202,9 +202,13 @@ class Trainer:
                 self._evaluate(screen, curves, baseline=True)
             try:
                 self._loop(iter(loader), screen, curves)
+            except Stopped:
+                parallel.stop()
+                raise
             finally:
                 curves.close()
                 screen.close()
+        parallel.stop()
         return self.output
 
     def _loop(self, batches: Iterator[Any], screen: Screen, curves: Curves) -> None:

@@ -152,7 +152,7 @@ def test_sigterm_under_torchrun_saves(images, tmp_path):
 
 
 def test_another_model_in_the_same_directory_is_refused(images, uninterrupted, tmp_path):
-    done = train(images, uninterrupted, "--drop_path_rate", "0.1", "--out_dim", "128", code=1)
+    done = train(images, uninterrupted, "--drop_path_rate", "0.1", "--out_dim", "128", code=2)
     assert "--out_dim: checkpoint 64, now 128" in done.stderr
     assert "Traceback" not in done.stderr
 
