@@ -1,8 +1,8 @@
 """Installs the packages fastdino and fastdino_kernels and compiles csrc/ into one plain C-ABI library.
 
 The library needs neither Python nor torch headers: a C++17 compiler ($CXX, else c++) builds it, and one wheel
-serves every Python and every torch. Without a compiler the install still works and the kernels take their
-slower fallback; FASTDINO_BUILD=0 leaves the library out on purpose, FASTDINO_BUILD=1 makes its absence an error.
+serves every Python and every torch. Without a compiler the install still works and the kernels take a slower
+fallback. FASTDINO_BUILD=0 leaves the library out on purpose, FASTDINO_BUILD=1 makes its absence an error.
 """
 
 from __future__ import annotations
