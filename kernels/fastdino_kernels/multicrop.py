@@ -65,7 +65,7 @@ def multicrop(
     if not arrays or not out:
         return
     lib = csrc.library() if resolve(out[0]) == "cpu" else None
-    if lib is None or not hasattr(lib, "fdk_multicrop"):
+    if lib is None:
         _reference(arrays, rows, out, mean, std)
         return
     n, views = len(arrays), len(out)
@@ -108,13 +108,13 @@ def _reference(
     for view, destination in enumerate(out):
         table = _normalize_table(mean, std, destination.dtype)
         for i, image in enumerate(arrays):
-            crop = torch.from_numpy(augment(image, rows[i, view], destination.shape[-1])).long()
+            crop = torch.tensor(augment(image, rows[i, view], destination.shape[-1]).astype(np.int64))
             for channel in range(3):
                 destination[i, channel] = table[channel][crop[..., channel]]
 
 
 def _normalize_table(mean: Sequence[float], std: Sequence[float], dtype: torch.dtype) -> Tensor:
-    """What each 8-bit value becomes in each channel, [3, 256]: (v / 255 - mean) / std in float32, then dtype."""
+    """What each 8-bit value v becomes, [3, 256]: (v / 255 - mean) / std in float32, rounded to dtype."""
     values = torch.arange(256, dtype=torch.float32).div(255)  # [256]
     rows = [values.sub(m).div(s) for m, s in zip(mean, std, strict=True)]
     return torch.stack(rows).to(dtype).contiguous()
@@ -207,7 +207,7 @@ def saturation(crop: np.ndarray, factor: np.float32) -> np.ndarray:
 
 
 def hue(crop: np.ndarray, turns: np.float32) -> np.ndarray:
-    """Shifts the 8-bit hue by turns * 255, truncated, modulo 256 (though a turn is 255), as torchvision does."""
+    """Adds turns * 255, truncated, to the 8-bit hue modulo 256, though a turn is 255: so does torchvision."""
     hsv = rgb_to_hsv(crop)
     hsv[..., 0] += np.uint8(int(float(turns) * 255) % 256)
     return hsv_to_rgb(hsv)
@@ -351,8 +351,9 @@ def _check_rows(rows: np.ndarray, arrays: list[np.ndarray]) -> None:
     sides = np.array([a.shape[:2] for a in arrays], np.float32).reshape(-1, 1, 2)
     inside = (box[..., :2] >= 0) & (box[..., 2:] >= 1) & (box[..., :2] + box[..., 2:] <= sides)
     require(inside.all(-1), "expected a crop box y, x, h, w inside its image")
-    require((rows[..., BRIGHTNESS : SATURATION + 1] >= 0).all(-1), "expected factors >= 0 in columns 6, 7, 8")
-    require((rows[..., HUE] >= -0.5) & (rows[..., HUE] <= 0.5), "expected a hue of -0.5 to 0.5 in column 9")
+    require(rows[..., BRIGHTNESS : SATURATION + 1].min(-1) >= 0, "expected factors >= 0 in columns 6, 7, 8")
+    turns = rows[..., HUE]
+    require((turns >= -0.5) & (turns <= 0.5), "expected a hue of -0.5 to 0.5 in column 9")
     order = rows[..., ORDER]
     known = (order == np.floor(order)) & (order >= 0) & (order < len(ORDERS))
     require(known, "expected an order of 0 to 23 in column 10")
