@@ -18,7 +18,7 @@ from fastdino.data.manifest import Manifest, printable
 from fastdino.data.prescan import decode
 
 CELL, GAP, GROUP_GAP, MARGIN = 144, 8, 26, 28
-"""Pixels: side of a picture, space between two, extra space between groups of columns, border."""
+"""Pixels: side of a picture, space between two, more of it between groups of columns, border."""
 HEADER, CAPTION = 46, 22
 BACKGROUND, INK, FAINT, FRAME = (250, 250, 248), (32, 33, 36), (128, 130, 134), (222, 222, 218)
 GLOBAL_COLORS = ((214, 74, 60), (38, 112, 194))
@@ -28,7 +28,7 @@ LOCAL_COLOR = (250, 200, 60)
 def contact_sheet(
     manifest: Manifest, crops: CropConfig, seed: int, n: int, path: str | os.PathLike[str]
 ) -> None:
-    """Write a PNG with one row for each of the first `n` images of training: the image, then all of its crops.
+    """Write a PNG with one row for each of the first `n` training images: the image, then all of its crops.
 
     The crops are those of the first epoch, un-normalised; the image shows where they were taken. With fewer
     than `n` images the sheet has fewer rows. Raises ValueError if `n` is below 1.
