@@ -10,7 +10,7 @@
 
 namespace {
 
-constexpr int64_t kBlock = 16384;  // elements: 64 KB of each stream
+constexpr int64_t kBlock = 8192;  // elements: 32 KB of each of the five streams, so the EMA finds the new values in the cache
 
 struct Block {
     int64_t tensor, begin, count;
@@ -37,16 +37,17 @@ FDK_CLONES double sum_of_squares(const float* x, int64_t n) {
 }
 
 struct Scalars {  // one row of the `scalars` argument of fdk_adamw_ema
-    float grad_factor, decay, step_size, inv_sqrt_correction2;
+    float grad_factor, decay, step_size, inv_sqrt_correction2, beta1_rest, beta2, beta2_rest, eps;
 };
 
 FDK_CLONES void adamw(float* __restrict p, const float* __restrict g, float* __restrict m, float* __restrict v, int64_t n,
-                      Scalars s, float beta1_rest, float beta2, float beta2_rest, float eps) {
+                      const Scalars& scalars) {
+    const Scalars s = scalars;
     for (int64_t i = 0; i < n; ++i) {
         const float grad = g[i] * s.grad_factor;
-        m[i] += beta1_rest * (grad - m[i]);
-        v[i] = beta2 * v[i] + beta2_rest * (grad * grad);
-        p[i] = s.decay * p[i] - s.step_size * (m[i] / (std::sqrt(v[i]) * s.inv_sqrt_correction2 + eps));
+        m[i] += s.beta1_rest * (grad - m[i]);
+        v[i] = s.beta2 * v[i] + s.beta2_rest * (grad * grad);
+        p[i] = s.decay * p[i] - s.step_size * (m[i] / (std::sqrt(v[i]) * s.inv_sqrt_correction2 + s.eps));
     }
 }
 
@@ -88,14 +89,14 @@ void ema(float* t, const void* p, int dtype, int64_t begin, int64_t n, float kee
 
 extern "C" {
 
-// squares[i] = sum of squares of grads[i] (NaN or infinite exactly if an element is); a null gradient gives 0.
+// squares[i] = sum of squares of grads[i]: NaN or infinite exactly if an element is.
 int fdk_sums_of_squares(int64_t n, const float* const* grads, const int64_t* sizes, double* squares, int num_threads) {
     try {
         const std::vector<Block> blocks = cut(n, sizes);
         std::vector<double> partial(blocks.size());
         fdk::parallel_for_dynamic(static_cast<int64_t>(blocks.size()), num_threads, [&](int64_t i) {
             const Block& b = blocks[i];
-            partial[i] = grads[b.tensor] ? sum_of_squares(grads[b.tensor] + b.begin, b.count) : 0.0;
+            partial[i] = sum_of_squares(grads[b.tensor] + b.begin, b.count);
         });
         for (int64_t i = 0; i < n; ++i) squares[i] = 0;
         for (size_t i = 0; i < blocks.size(); ++i) squares[blocks[i].tensor] += partial[i];
@@ -105,22 +106,19 @@ int fdk_sums_of_squares(int64_t n, const float* const* grads, const int64_t* siz
     }
 }
 
-// For each tensor with a gradient, AdamW with its row of scalars [n, 4] = grad factor (clip / scale), 1 - lr * decay,
-// lr / (1 - beta1^n), 1 / sqrt(1 - beta2^n); then, where teachers[i] is not null, teacher <- momentum, from the new value.
+// For each tensor AdamW with its row of scalars [n, 8]: grad factor (clip / scale), 1 - lr * decay, lr / (1 - beta1^step),
+// 1 / sqrt(1 - beta2^step), 1 - beta1, beta2, 1 - beta2, eps; then, where teachers[i] is not null,
+// teacher <- momentum * teacher + (1 - momentum) * the new value.
 int fdk_adamw_ema(int64_t n, float* const* params, const float* const* grads, float* const* exp_avgs, float* const* exp_avg_sqs,
-                  float* const* teachers, const int64_t* sizes, const float* scalars, double beta1, double beta2, double eps,
-                  double momentum, int num_threads) {
+                  float* const* teachers, const int64_t* sizes, const float* scalars, double momentum, int num_threads) {
     try {
         const std::vector<Block> blocks = cut(n, sizes);
         fdk::parallel_for_dynamic(static_cast<int64_t>(blocks.size()), num_threads, [&](int64_t i) {
             const Block& b = blocks[i];
             const int64_t k = b.tensor;
-            if (grads[k]) {
-                const Scalars s{scalars[4 * k], scalars[4 * k + 1], scalars[4 * k + 2], scalars[4 * k + 3]};
-                adamw(params[k] + b.begin, grads[k] + b.begin, exp_avgs[k] + b.begin, exp_avg_sqs[k] + b.begin, b.count, s,
-                      static_cast<float>(1 - beta1), static_cast<float>(beta2), static_cast<float>(1 - beta2),
-                      static_cast<float>(eps));
-            }
+            Scalars s;
+            std::memcpy(&s, scalars + 8 * k, sizeof s);
+            adamw(params[k] + b.begin, grads[k] + b.begin, exp_avgs[k] + b.begin, exp_avg_sqs[k] + b.begin, b.count, s);
             if (teachers[k])
                 ema(teachers[k], params[k], 0, b.begin, b.count, static_cast<float>(momentum), static_cast<float>(1 - momentum));
         });

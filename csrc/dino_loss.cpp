@@ -9,6 +9,7 @@
 #include <cfloat>
 #include <cmath>
 #include <new>
+#include <type_traits>
 #include <vector>
 
 #include "parallel.h"
@@ -18,7 +19,7 @@ namespace {
 
 using namespace fdk;
 
-constexpr int64_t kColumns = 2048;  // columns per work item: a few rows of them stay in the first-level cache
+constexpr int64_t kColumns = 4096;  // columns per work item: long enough for the prefetcher, a row of them fits the first-level cache
 
 template <typename T>
 struct Lanes;
@@ -73,6 +74,15 @@ FDK_INLINE f32x16 where_valid(f32x16 x, f32x16 other, int64_t left) {
 }
 
 FDK_INLINE f32x16 fill(float x) { return x - f32x16{}; }
+
+// f(k, left) for k = 0, 16, ... below count; `left` is the constant 16 but for the last vector of an odd row, so that the
+// loop itself has no masks.
+template <typename F>
+FDK_INLINE void for_vectors(int64_t count, const F& f) {
+    int64_t k = 0;
+    for (; k + 16 <= count; k += 16) f(k, std::integral_constant<int64_t, 16>());
+    if (k < count) f(k, count - k);
+}
 
 // exp(x) for x <= 0, relative error below 2e-7; below -87.3 it is 0, and NaN stays NaN.
 // 2^n with n = round(x / ln 2) from the float's exponent bits, times a polynomial on |r| <= ln 2 / 2.
@@ -130,32 +140,33 @@ struct Record {
           cross(teacher_max + 3 * p.n_global) {}
 };
 
+#define FDK_LANES [&](int64_t k, auto left) __attribute__((always_inline))
+
 // exps: scratch [G, kColumns]
 template <typename T>
 FDK_INLINE void block_statistics(const Problem& p, const T* student, const T* teacher, const float* center, int64_t image,
                                  int64_t begin, int64_t count, float* exps, Record<float> out) {
     for (int64_t g = 0; g < p.n_global; ++g) {
         const T* row = teacher + (g * p.images + image) * p.teacher_stride + begin;
+        const float* c = center + begin;
         float* e = exps + g * kColumns;
         f32x16 top = fill(-FLT_MAX);
-        for (int64_t k = 0; k < count; k += 16) {
-            const int64_t left = count - k;
-            const f32x16 x = load(row + k, left) - load(center + begin + k, left);
+        for_vectors(count, FDK_LANES {
+            const f32x16 x = load(row + k, left) - load(c + k, left);
             Lanes<float>::store(e + k, x);
             const f32x16 valid = where_valid(x, fill(-FLT_MAX), left);
             top = valid > top ? valid : top;
-        }
-        const float max = horizontal_max(top);
+        });
+        const float max = horizontal_max(top), scale = p.teacher_scale;
         f32x16 sum = {}, energy = {};
-        for (int64_t k = 0; k < count; k += 16) {
-            const int64_t left = count - k;
-            const f32x16 y = where_valid((Lanes<float>::load(e + k) - max) * p.teacher_scale, f32x16{}, left);
+        for_vectors(count, FDK_LANES {
+            const f32x16 y = where_valid((Lanes<float>::load(e + k) - max) * scale, f32x16{}, left);
             const f32x16 w = where_valid(exp_negative(y), f32x16{}, left);
             Lanes<float>::store(e + k, w);
             sum += w;
             // A weight of 0 contributes nothing, as the limit of w log w does, even where y is -infinite.
             energy += w == 0.0f ? f32x16{} : w * y;
-        }
+        });
         out.teacher_max[g] = max;
         out.teacher_sum[g] = horizontal_sum(sum);
         out.energy[g] = horizontal_sum(energy);
@@ -163,29 +174,28 @@ FDK_INLINE void block_statistics(const Problem& p, const T* student, const T* te
     for (int64_t v = 0; v < p.views; ++v) {
         const T* row = student + (v * p.images + image) * p.student_stride + begin;
         f32x16 top = fill(-FLT_MAX);
-        for (int64_t k = 0; k < count; k += 16) {
-            const f32x16 x = where_valid(load(row + k, count - k), fill(-FLT_MAX), count - k);
+        for_vectors(count, FDK_LANES {
+            const f32x16 x = where_valid(load(row + k, left), fill(-FLT_MAX), left);
             top = x > top ? x : top;
-        }
-        const float max = horizontal_max(top);
+        });
+        const float max = horizontal_max(top), scale = p.student_scale;
         f32x16 sum = {};
-        for (int64_t k = 0; k < count; k += 16) {
-            const int64_t left = count - k;
-            const f32x16 y = where_valid((load(row + k, left) - max) * p.student_scale, f32x16{}, left);
-            sum += where_valid(exp_negative(y), f32x16{}, left);
+        // Two teacher views, the usual case, share the loop with the sum of exponentials; any further ones follow.
+        for (int64_t g = 0; g < p.n_global; g += 2) {
+            const float* e0 = exps + g * kColumns;
+            const float* e1 = g + 1 < p.n_global ? e0 + kColumns : e0;
+            f32x16 cross0 = {}, cross1 = {};
+            for_vectors(count, FDK_LANES {
+                const f32x16 y = where_valid((load(row + k, left) - max) * scale, f32x16{}, left);
+                if (g == 0) sum += where_valid(exp_negative(y), f32x16{}, left);
+                cross0 += Lanes<float>::load(e0 + k) * y;
+                cross1 += Lanes<float>::load(e1 + k) * y;
+            });
+            out.cross[v * p.n_global + g] = horizontal_sum(cross0);
+            if (g + 1 < p.n_global) out.cross[v * p.n_global + g + 1] = horizontal_sum(cross1);
         }
         out.student_max[v] = max;
         out.student_sum[v] = horizontal_sum(sum);
-        for (int64_t g = 0; g < p.n_global; ++g) {
-            const float* e = exps + g * kColumns;
-            f32x16 cross = {};
-            for (int64_t k = 0; k < count; k += 16) {
-                const int64_t left = count - k;
-                const f32x16 y = where_valid((load(row + k, left) - max) * p.student_scale, f32x16{}, left);
-                cross += Lanes<float>::load(e + k) * y;
-            }
-            out.cross[v * p.n_global + g] = horizontal_sum(cross);
-        }
     }
 }
 
@@ -235,44 +245,44 @@ void merge(const Problem& p, Record<double> all, Record<float> part) {
     }
 }
 
-// targets: scratch [G + 1, kColumns]; the last row is the sum of the others.
+// targets: scratch [G + 2, kColumns]: weights of the teacher views, their sum, the sum without the view at hand.
 template <typename T, typename O>
 FDK_INLINE void block_gradient(const Problem& p, const T* student, const T* teacher, const float* center, int64_t image,
                                int64_t begin, int64_t count, Record<const double> state, float coefficient, O* out,
                                int64_t out_stride, float* targets) {
     float* total = targets + p.n_global * kColumns;
-    for (int64_t k = 0; k < kColumns; ++k) total[k] = 0;
     for (int64_t g = 0; g < p.n_global; ++g) {
         const T* row = teacher + (g * p.images + image) * p.teacher_stride + begin;
-        const float max = static_cast<float>(state.teacher_max[g]);
-        const float scale = static_cast<float>(coefficient / state.teacher_sum[g]);
+        const float* c = center + begin;
+        const float max = static_cast<float>(state.teacher_max[g]), scale = p.teacher_scale;
+        const float weight = static_cast<float>(coefficient / state.teacher_sum[g]);
         float* q = targets + g * kColumns;
-        for (int64_t k = 0; k < count; k += 16) {
-            const int64_t left = count - k;
-            const f32x16 x = load(row + k, left) - load(center + begin + k, left);
-            const f32x16 w = exp_negative((x - max) * p.teacher_scale) * scale;
+        for_vectors(count, FDK_LANES {
+            const f32x16 w = exp_negative((load(row + k, left) - load(c + k, left) - max) * scale) * weight;
             Lanes<float>::store(q + k, w);
-            Lanes<float>::store(total + k, Lanes<float>::load(total + k) + w);
-        }
+            Lanes<float>::store(total + k, g == 0 ? w : Lanes<float>::load(total + k) + w);
+        });
     }
     for (int64_t v = 0; v < p.views; ++v) {
         const int64_t r = v * p.images + image;
         const T* row = student + r * p.student_stride + begin;
         O* out_row = out + r * out_stride + begin;
-        const float pairs = static_cast<float>(v < p.n_global ? p.n_global - 1 : p.n_global);
-        const float max = static_cast<float>(state.student_max[v]);
-        const float scale = static_cast<float>(coefficient * pairs / state.student_sum[v]);
-        for (int64_t k = 0; k < count; k += 16) {
-            const int64_t left = count - k;
-            f32x16 target = Lanes<float>::load(total + k);
-            if (v < p.n_global) {  // a view is not paired with itself: add up the others, without cancellation
-                target = f32x16{};
-                for (int64_t g = 0; g < p.n_global; ++g)
-                    if (g != v) target += Lanes<float>::load(targets + g * kColumns + k);
-            }
-            const f32x16 prob = exp_negative((load(row + k, left) - max) * p.student_scale) * scale;
-            store(out_row + k, prob - target, left);
+        const float* target = total;
+        if (v < p.n_global) {  // a view is not paired with itself: the others are added up, without cancellation
+            float* others = total + kColumns;
+            for (int64_t k = 0; k < count; ++k) others[k] = 0;
+            for (int64_t g = 0; g < p.n_global; ++g)
+                if (g != v)
+                    for (int64_t k = 0; k < count; ++k) others[k] += targets[g * kColumns + k];
+            target = others;
         }
+        const float pairs = static_cast<float>(v < p.n_global ? p.n_global - 1 : p.n_global);
+        const float max = static_cast<float>(state.student_max[v]), scale = p.student_scale;
+        const float weight = static_cast<float>(coefficient * pairs / state.student_sum[v]);
+        for_vectors(count, FDK_LANES {
+            const f32x16 prob = exp_negative((load(row + k, left) - max) * scale) * weight;
+            store(out_row + k, prob - Lanes<float>::load(target + k), left);
+        });
     }
 }
 
@@ -364,7 +374,7 @@ int fdk_dino_gradient(const void* student, const void* teacher, const float* cen
         const float coefficient =
             static_cast<float>(grad_loss / (student_temp * static_cast<double>(n_global * (views - 1) * images)));
         parallel_for_dynamic(images * blocks, num_threads, [&](int64_t i) {
-            std::vector<float> targets((n_global + 1) * kColumns);
+            std::vector<float> targets((n_global + 2) * kColumns);
             const int64_t begin = i % blocks * kColumns, count = columns - begin < kColumns ? columns - begin : kColumns;
             const Record<const double> record(p, state + i / blocks * size);
             (bf16 ? block_gradient_bf16 : block_gradient_f32)(p, student, teacher, center, i / blocks, begin, count, record,

@@ -1,4 +1,4 @@
-"""Fused losses and updates for self-supervised training with DINO; needs PyTorch alone, no GPU and no compiler."""
+"""Fused losses and updates for self-supervised training; needs PyTorch alone, no GPU and no compiler."""
 
 from .adamw_ema import AdamWEMA, StepResult
 from .backend import backend, set_backend

@@ -1,17 +1,23 @@
 """AdamW with per-tensor clipping and the teacher's EMA in one pass over the parameters.
 
-For every tensor, with ``g`` its gradient divided by ``grad_scale`` and ``c = min(1, max_grad_norm / (|g| + 1e-6))``:
+For every tensor, with ``g`` its gradient divided by ``grad_scale``, ``c = min(1, max_grad_norm / (|g| +
+1e-6))`` and ``n`` its number of steps:
 
-    p <- p (1 - lr wd) - lr / (1 - b1^n) m' / (sqrt(v' / (1 - b2^n)) + eps),  m' = b1 m + (1 - b1) c g,  v' = b2 v + (1 - b2) (c g)^2
+    m <- b1 m + (1 - b1) c g,   v <- b2 v + (1 - b2) (c g)^2
+    p <- (1 - lr wd) p - lr / (1 - b1^n) m / (sqrt(v / (1 - b2^n)) + eps)
     t <- mu t + (1 - mu) p
 
-One pass measures the norms and looks for NaN and infinity; only if all gradients are finite does a second one write. The
-update reads p, g, m, v, t and writes p, m, v, t: 36 bytes per fp32 parameter, where the separate steps move about 80.
+One pass measures the norms and looks for NaN and infinity; only if all gradients are finite does a second one
+write. It
+reads p, g, m, v, t and writes p, m, v, t: 36 bytes per fp32 parameter, where the separate steps move about
+80.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import ctypes
+import math
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -19,6 +25,8 @@ from torch import Tensor
 
 from . import reference
 from .backend import resolve
+from .ema import ema_update_, grad_norms, is_plain
+from .native import call, int64, pointers, sizes
 
 
 class StepResult(NamedTuple):
@@ -28,17 +36,30 @@ class StepResult(NamedTuple):
     grad_norms: Tensor  # [n_params] fp32: unscaled, before clipping; 0 without a gradient
 
 
+# What torch.optim.AdamW keeps in its groups besides, so that it takes our state_dict.
+_TORCH_ADAMW_FLAGS = dict(
+    amsgrad=False,
+    maximize=False,
+    foreach=None,
+    capturable=False,
+    differentiable=False,
+    fused=None,
+    decoupled_weight_decay=True,
+)
+
+
 class AdamWEMA(torch.optim.Optimizer):
-    """``torch.optim.AdamW`` + the official per-tensor clipping + ``teacher <- momentum * teacher + (1 - momentum) * student``.
+    """``torch.optim.AdamW``, the official per-tensor clipping and the teacher's EMA, fused.
 
     Args:
-        params: student parameters or parameter groups; ``lr`` and ``weight_decay`` of a group are read anew at each step.
-        teacher_params: one teacher tensor (or None) per student parameter, in the order of the groups; None: no teacher.
+        params: student parameters or groups; a group's ``lr`` and ``weight_decay`` are read anew at each
+            step.
+        teacher_params: one teacher tensor (or None) per student parameter, in the order of the groups.
         max_grad_norm: largest norm of each tensor's gradient; 0 switches clipping off.
-        extra_ema: (student, teacher) pairs that follow the EMA only, such as frozen parameters outside the groups.
+        extra_ema: (student, teacher) pairs that follow the EMA only, such as parameters outside the groups.
 
-    A parameter without a gradient keeps its value, moments and step count, as in ``torch.optim.AdamW``; its teacher still
-    follows the EMA. ``state_dict`` loads from and into ``torch.optim.AdamW``.
+    A parameter without a gradient keeps its value, moments and step count, as in ``torch.optim.AdamW``; its
+    teacher still follows the EMA. ``state_dict`` loads from and into ``torch.optim.AdamW``.
     """
 
     def __init__(
@@ -53,37 +74,32 @@ class AdamWEMA(torch.optim.Optimizer):
         max_grad_norm: float = 0.0,
         extra_ema: Sequence[tuple[Tensor, Tensor]] = (),
     ) -> None:
-        for name, value in (("lr", lr), ("eps", eps), ("weight_decay", weight_decay), ("max_grad_norm", max_grad_norm)):
+        numbers = dict(lr=lr, eps=eps, weight_decay=weight_decay, max_grad_norm=max_grad_norm)
+        for name, value in numbers.items():
             if not value >= 0:
                 raise ValueError(f"{name}: expected a number >= 0, got {value}")
         if not all(0 <= beta < 1 for beta in betas):
             raise ValueError(f"betas: expected two numbers in [0, 1), got {betas}")
-        # The last entries are those torch.optim.AdamW keeps in its groups, so that it takes this state_dict.
-        defaults = dict(
-            lr=lr, betas=betas, eps=eps, weight_decay=weight_decay,
-            amsgrad=False, maximize=False, foreach=None, capturable=False, differentiable=False, fused=None,
-            decoupled_weight_decay=True,
-        )  # fmt: skip
+        defaults = dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, **_TORCH_ADAMW_FLAGS)
         super().__init__(params, defaults)
         self.max_grad_norm = max_grad_norm
         self._params: list[Tensor] = [p for group in self.param_groups for p in group["params"]]
         if teacher_params is None:
             teacher_params = [None] * len(self._params)
         if len(teacher_params) != len(self._params):
-            raise ValueError(f"teacher_params: expected {len(self._params)} entries, got {len(teacher_params)}")
+            raise ValueError(
+                f"teacher_params: expected {len(self._params)} entries, got {len(teacher_params)}"
+            )
         self._teachers = list(teacher_params)
         self._extra_ema = list(extra_ema)
-        for i, (p, t) in enumerate([*zip(self._params, self._teachers, strict=True), *self._extra_ema]):
-            if t is not None and (t.shape != p.shape or t.device != p.device):
-                raise ValueError(
-                    f"teacher_params[{i}]: expected shape {list(p.shape)} on {p.device}, got {list(t.shape)} on {t.device}"
-                )
-            if t is not None and t.requires_grad:
-                raise ValueError(f"teacher_params[{i}]: the teacher must not require grad")
+        for i, (p, t) in enumerate(zip(self._params, self._teachers, strict=True)):
+            _check_teacher(f"teacher_params[{i}]", p, t)
+        for i, (p, t) in enumerate(self._extra_ema):
+            _check_teacher(f"extra_ema[{i}]", p, t)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         if hasattr(self, "_teachers"):
-            raise ValueError("add_param_group: groups are fixed at construction, where their teachers are matched")
+            raise ValueError("add_param_group: groups are fixed once their teachers are matched")
         super().add_param_group(param_group)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -91,7 +107,7 @@ class AdamWEMA(torch.optim.Optimizer):
         for i, group in enumerate(state_dict["param_groups"]):
             for flag in ("amsgrad", "maximize"):
                 if group.get(flag):
-                    raise ValueError(f"state_dict: group {i} has {flag}=True, which AdamWEMA does not implement")
+                    raise ValueError(f"state_dict: group {i} has {flag}=True, unknown to AdamWEMA")
         super().load_state_dict(state_dict)
         for group in self.param_groups:
             for name, value in self.defaults.items():
@@ -110,29 +126,51 @@ class AdamWEMA(torch.optim.Optimizer):
             raise ValueError(f"momentum: expected a number in [0, 1], got {momentum}")
         if not grad_scale > 0:
             raise ValueError(f"grad_scale: expected a number > 0, got {grad_scale}")
-        grads = [p.grad for p in self._params]
-        norms = reference.grad_norms(grads, grad_scale)
+        norms = grad_norms([p.grad for p in self._params], grad_scale)
         found_inf = not bool(torch.isfinite(norms).all())
         if not (skip or found_inf):
-            self._update_reference(norms.tolist(), momentum, grad_scale)
+            self._update(norms.tolist(), momentum, grad_scale)
         return StepResult(found_inf, norms)
 
-    def _update_reference(self, norms: list[float], momentum: float, grad_scale: float) -> None:
-        i = 0
-        for group in self.param_groups:
-            for p in group["params"]:
-                if p.grad is not None:
-                    state = self._state_of(p)
-                    state["step"] += 1
-                    reference.adamw_(
-                        p, p.grad, state["exp_avg"], state["exp_avg_sq"], step=int(state["step"]), lr=group["lr"],
-                        betas=group["betas"], eps=group["eps"], weight_decay=group["weight_decay"],
-                        grad_factor=reference.clip_coefficient(norms[i], self.max_grad_norm) / grad_scale,
-                    )  # fmt: skip
-                i += 1
-        pairs = [(t, p) for p, t in zip(self._params, self._teachers, strict=True) if t is not None]
-        pairs += [(t, p) for p, t in self._extra_ema]
-        reference.ema_update_([t for t, _ in pairs], [p for _, p in pairs], momentum)
+    def _update(self, norms: list[float], momentum: float, grad_scale: float) -> None:
+        fused: list[tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]] = []  # p, g, m, v, t
+        scalars: list[float] = []  # eight per tensor, as fdk_adamw_ema reads them
+        followers = [(t, p) for p, t in self._extra_ema]
+        for (group, p), teacher, norm in zip(self._grouped(), self._teachers, norms, strict=True):
+            if p.grad is not None:
+                state = self._state_of(p)
+                state["step"] += 1
+                factor = reference.clip_coefficient(norm, self.max_grad_norm) / grad_scale
+                tensors = (p, p.grad, state["exp_avg"], state["exp_avg_sq"])
+                if all(is_plain(x, p) for x in (*tensors, teacher)) and resolve(p) == "cpu":
+                    fused.append((*tensors, teacher))
+                    scalars += _scalars(group, int(state["step"]), factor)
+                    continue
+                reference.adamw_(
+                    *tensors,
+                    step=int(state["step"]),
+                    lr=group["lr"],
+                    betas=group["betas"],
+                    eps=group["eps"],
+                    weight_decay=group["weight_decay"],
+                    grad_factor=factor,
+                )
+            if teacher is not None:
+                followers.append((teacher, p))
+        if fused:
+            columns = [[row[i] for row in fused] for i in range(5)]
+            call(
+                "fdk_adamw_ema",
+                *int64(len(fused)),
+                *map(pointers, columns),
+                sizes([row[0] for row in fused]),
+                (ctypes.c_float * len(scalars))(*scalars),
+                ctypes.c_double(momentum),
+            )
+        ema_update_([t for t, _ in followers], [p for _, p in followers], momentum)
+
+    def _grouped(self) -> Iterator[tuple[dict[str, Any], Tensor]]:
+        return ((group, p) for group in self.param_groups for p in group["params"])
 
     def _state_of(self, p: Tensor) -> dict[str, Any]:
         state = self.state[p]
@@ -141,3 +179,21 @@ class AdamWEMA(torch.optim.Optimizer):
             state["exp_avg"] = torch.zeros_like(p, memory_format=torch.preserve_format)
             state["exp_avg_sq"] = torch.zeros_like(p, memory_format=torch.preserve_format)
         return state
+
+
+def _scalars(group: dict[str, Any], step: int, grad_factor: float) -> list[float]:
+    beta1, beta2 = group["betas"]
+    lr = float(group["lr"])
+    decay, step_size = 1 - lr * group["weight_decay"], lr / (1 - beta1**step)
+    inv_sqrt_correction2 = 1 / math.sqrt(1 - beta2**step)
+    return [grad_factor, decay, step_size, inv_sqrt_correction2, 1 - beta1, beta2, 1 - beta2, group["eps"]]
+
+
+def _check_teacher(name: str, param: Tensor, teacher: Tensor | None) -> None:
+    if teacher is None:
+        return
+    if teacher.shape != param.shape or teacher.device != param.device:
+        expected, got = (f"shape {list(x.shape)} on {x.device}" for x in (param, teacher))
+        raise ValueError(f"{name}: expected {expected}, got {got}")
+    if teacher.requires_grad:
+        raise ValueError(f"{name}: the teacher must not require grad")

@@ -1,4 +1,4 @@
-"""Which implementation answers: ``cpu`` (the compiled library), ``reference`` (eager PyTorch), or ``auto``."""
+"""Which implementation answers: ``cpu`` (the compiled library), ``reference`` (eager PyTorch) or ``auto``."""
 
 from __future__ import annotations
 
@@ -15,12 +15,14 @@ _choice = "auto"
 
 
 def set_backend(name: str) -> None:
-    """Set the backend of the whole process: ``auto`` (the fastest one for each tensor's device), ``cpu`` or ``reference``."""
+    """Set the backend of the whole process: ``auto`` (the fastest for the device), ``cpu`` or ``reference``."""
     global _choice
     if name not in BACKENDS:
         raise ValueError(f"backend: expected one of {', '.join(BACKENDS)}, got {name!r}")
     if name == "cpu" and not _library_loaded():
-        raise RuntimeError("backend: 'cpu' needs the compiled library, which is not built; run pip install again with a C++ compiler")
+        raise RuntimeError(
+            "backend: 'cpu' needs the compiled library; run pip install again with a C++17 compiler"
+        )
     _choice = name
 
 

@@ -1,14 +1,16 @@
 """Multi-crop DINO loss on logits, all pairs of views in one pass.
 
-With ``x_v = student_v / s`` and ``p_g = softmax((teacher_g - c) / u)``, ``w = 1 / (pairs B)``, ``pairs = G (V - 1)``:
+With ``x_v = student_v / s`` and ``p_g = softmax((teacher_g - c) / u)``, ``w = 1 / (pairs B)``, ``pairs = G (V
+- 1)``:
 
     loss        = w sum_{b, g != v} ( logsumexp(x_vb) - p_gb . x_vb )
     dloss/dx_vb = w ( n_v softmax(x_vb) - sum_{g != v} p_gb ),  n_v = number of teacher views paired with v
     entropy     = mean_{g, b} ( logsumexp(t_gb) - p_gb . t_gb ),  t = (teacher - c) / u;   KL = loss - entropy
 
-The CPU kernels (csrc/dino_loss.cpp) read each logit once for the loss and once for the gradient, and keep one small record
-of statistics per image between the two; nothing of size [rows, K] but the gradient itself is allocated. The functions below
-them work on any block of columns, which is how :func:`fastdino_kernels.prototype_loss` uses them as well.
+The CPU kernels (csrc/dino_loss.cpp) read each logit once for the loss and once for the gradient, and keep one
+small record of statistics per image between the two; nothing of size [rows, K] but the gradient itself is
+allocated. The functions below them work on any block of columns, which is how
+:func:`fastdino_kernels.prototype_loss` uses them as well.
 """
 
 from __future__ import annotations
@@ -18,8 +20,9 @@ import ctypes
 import torch
 from torch import Tensor
 
-from . import csrc, reference
+from . import reference
 from .backend import resolve
+from .native import call, empty_like, int64, pointer
 from .reference import DinoLoss
 from .validate import check_no_grad, check_temperature, check_tensor, check_views
 
@@ -29,7 +32,7 @@ KERNEL_DTYPES = (torch.float32, torch.bfloat16)
 def new_state(images: int, views: int, n_global: int) -> Tensor:
     """Empty statistics of ``images`` images: float64 [images * (2 V + 3 G + V G)]."""
     state = torch.empty(images * state_size(views, n_global), dtype=torch.float64)
-    _call("fdk_dino_state_init", *_int64(images, views, n_global), _pointer(state))
+    call("fdk_dino_state_init", *int64(images, views, n_global), pointer(state))
     return state
 
 
@@ -38,16 +41,21 @@ def state_size(views: int, n_global: int) -> int:
 
 
 def add_statistics(
-    state: Tensor, student: Tensor, teacher: Tensor, center: Tensor, shape: tuple[int, int, int], temps: tuple[float, float]
+    state: Tensor,
+    student: Tensor,
+    teacher: Tensor,
+    center: Tensor,
+    shape: tuple[int, int, int],
+    temps: tuple[float, float],
 ) -> None:
-    """Add some columns of the logits (student [V*B, C], teacher [G*B, C], center [C] fp32) to the state, in place."""
-    _call("fdk_dino_statistics", *_logits(student, teacher, center, shape, temps), _pointer(state))
+    """Add some columns of the logits to the state: student [V*B, C], teacher [G*B, C], center [C] fp32."""
+    call("fdk_dino_statistics", *_logits(student, teacher, center, shape, temps), pointer(state))
 
 
 def result(state: Tensor, shape: tuple[int, int, int]) -> tuple[Tensor, Tensor]:
     """Loss and mean teacher entropy, fp32 [], of a complete state."""
     values = (ctypes.c_double * 2)()
-    _call("fdk_dino_result", *_int64(*shape), _pointer(state), values)
+    call("fdk_dino_result", *int64(*shape), pointer(state), values)
     return torch.tensor(values[0], dtype=torch.float32), torch.tensor(values[1], dtype=torch.float32)
 
 
@@ -64,7 +72,7 @@ def write_gradient(
     """``out`` [V*B, C] <- grad_loss * d loss / d student for these columns."""
     arguments = _logits(student, teacher, center, shape, temps)
     grad = ctypes.c_double(grad_loss)
-    _call("fdk_dino_gradient", *arguments, _pointer(state), grad, _pointer(out), *_int64(out.stride(0)))
+    call("fdk_dino_gradient", *arguments, pointer(state), grad, pointer(out), *int64(out.stride(0)))
 
 
 def _logits(
@@ -73,30 +81,21 @@ def _logits(
     assert student.dtype == teacher.dtype and student.dtype in KERNEL_DTYPES and center.dtype == torch.float32
     assert student.stride(1) == teacher.stride(1) == 1 and center.is_contiguous()
     return (
-        *map(_pointer, (student, teacher, center)),
-        *_int64(*shape, student.shape[1], student.stride(0), teacher.stride(0)),
+        *map(pointer, (student, teacher, center)),
+        *int64(*shape, student.shape[1], student.stride(0), teacher.stride(0)),
         ctypes.c_int(student.dtype == torch.bfloat16),
         *map(ctypes.c_double, temps),
     )
 
 
-def _pointer(x: Tensor) -> ctypes.c_void_p:
-    return ctypes.c_void_p(x.data_ptr())
-
-
-def _int64(*values: int) -> tuple[ctypes.c_int64, ...]:
-    return tuple(map(ctypes.c_int64, values))
-
-
-def _call(name: str, *arguments: object) -> None:
-    library = csrc.library()
-    assert library is not None
-    csrc.check(getattr(library, name)(*arguments, ctypes.c_int(csrc.num_threads())), name)
-
-
 @torch.library.custom_op("fastdino::dino_loss_fwd", mutates_args=(), device_types="cpu")
 def _forward(
-    student: Tensor, teacher: Tensor, center: Tensor, student_temp: Tensor, teacher_temp: Tensor, n_global: int
+    student: Tensor,
+    teacher: Tensor,
+    center: Tensor,
+    student_temp: Tensor,
+    teacher_temp: Tensor,
+    n_global: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """-> loss [], entropy [], batch center [K], state."""
     shape = _shape(student, teacher, n_global)
@@ -107,7 +106,12 @@ def _forward(
 
 @_forward.register_fake
 def _(
-    student: Tensor, teacher: Tensor, center: Tensor, student_temp: Tensor, teacher_temp: Tensor, n_global: int
+    student: Tensor,
+    teacher: Tensor,
+    center: Tensor,
+    student_temp: Tensor,
+    teacher_temp: Tensor,
+    n_global: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     images, views, _ = _shape(student, teacher, n_global)
     scalar = student.new_empty((), dtype=torch.float32)
@@ -127,9 +131,11 @@ def _backward(
     n_global: int,
 ) -> Tensor:
     """-> gradient of the student's logits, [V*B, K] in their dtype."""
-    out = torch.empty_like(student, memory_format=torch.contiguous_format)
+    out = empty_like(student)
     temps = (student_temp.item(), teacher_temp.item())
-    write_gradient(out, state, grad_loss.item(), student, teacher, center, _shape(student, teacher, n_global), temps)
+    write_gradient(
+        out, state, grad_loss.item(), student, teacher, center, _shape(student, teacher, n_global), temps
+    )
     return out
 
 
@@ -182,7 +188,7 @@ def dino_loss(
     teacher_temp: float | Tensor,
     n_global: int = 2,
 ) -> DinoLoss:
-    """Cross-entropy of every teacher view with every other student view of the same image (Caron et al. 2021, eq. 1-4).
+    """Cross-entropy of each teacher view with each other student view of the image (Caron et al. 2021, eq. 1-4).
 
     Args:
         student_logits: [V*B, K], view-major: row ``v * B + b``; fp32, bf16, fp16 or float64.
@@ -191,7 +197,8 @@ def dino_loss(
         student_temp, teacher_temp: numbers > 0, or 0-dim tensors.
 
     Returns:
-        DinoLoss of fp32 tensors (float64 for float64 logits); ``loss`` is differentiable in ``student_logits``.
+        DinoLoss of fp32 tensors (float64 for float64 logits); ``loss`` is differentiable in
+        ``student_logits``.
 
     Raises:
         TypeError, ValueError: naming the argument, what was expected and what came.
@@ -203,7 +210,9 @@ def dino_loss(
     check_no_grad("teacher_logits", teacher_logits)
     check_temperature("student_temp", student_temp)
     check_temperature("teacher_temp", teacher_temp)
-    check_views("student_logits", student_logits.shape[0], "teacher_logits", teacher_logits.shape[0], n_global)
+    check_views(
+        "student_logits", student_logits.shape[0], "teacher_logits", teacher_logits.shape[0], n_global
+    )
     if resolve(student_logits, teacher_logits) == "reference":
         return reference.dino_loss(
             student_logits,

@@ -11,7 +11,8 @@ import torch
 class LARS(torch.optim.Optimizer):
     """SGD with momentum whose update of each matrix is scaled by ``eta |p| / |g + wd p|``.
 
-    Parameters with one dimension (biases, norms) are neither decayed nor scaled. A norm of 0 means a scale of 1.
+    Parameters with one dimension (biases, norms) are neither decayed nor scaled. A norm of 0 means a scale of
+    1.
     """
 
     def __init__(

@@ -1,13 +1,81 @@
+"""Weight normalisation by rows (Salimans & Kingma 2016) with its gradient, each in one pass over memory.
+
+    w_k = g_k u_k,  u_k = v_k / |v_k|;   dv_k = g_k / |v_k| (dw_k - u_k (u_k . dw_k)),  dg_k = u_k . dw_k
+
+With K = 65536 and D = 256 this layer is larger than a ViT-S; eager autograd takes about ten passes over its
+67 MB.
+"""
+
 from __future__ import annotations
 
+import ctypes
+
+import torch
 from torch import Tensor
 
 from . import reference
+from .backend import resolve
+from .native import DTYPES, call, empty_like, int64, pointer
 from .validate import check_tensor
 
 
+@torch.library.custom_op("fastdino::normalize_weight_fwd", mutates_args=(), device_types="cpu")
+def _forward(weight_v: Tensor, weight_g: Tensor, dtype: torch.dtype) -> Tensor:
+    out = empty_like(weight_v) if dtype == weight_v.dtype else torch.empty(weight_v.shape, dtype=dtype)
+    arrays = map(pointer, (weight_v, weight_g, out))
+    call("fdk_normalize_weight", *arrays, *int64(*weight_v.shape), ctypes.c_int(DTYPES[dtype]))
+    return out
+
+
+@_forward.register_fake
+def _(weight_v: Tensor, weight_g: Tensor, dtype: torch.dtype) -> Tensor:
+    return torch.empty_like(weight_v, dtype=dtype, memory_format=torch.contiguous_format)
+
+
+@torch.library.custom_op("fastdino::normalize_weight_bwd", mutates_args=(), device_types="cpu")
+def _backward(grad: Tensor, weight_v: Tensor, weight_g: Tensor) -> tuple[Tensor, Tensor]:
+    dv, dg = empty_like(weight_v), torch.empty_like(weight_g)
+    arrays = map(pointer, (grad, weight_v, weight_g, dv, dg))
+    call("fdk_normalize_weight_gradient", *arrays, *int64(*weight_v.shape), ctypes.c_int(DTYPES[grad.dtype]))
+    return dv, dg
+
+
+@_backward.register_fake
+def _(grad: Tensor, weight_v: Tensor, weight_g: Tensor) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(weight_v), torch.empty_like(weight_g)
+
+
+def _setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
+    ctx.save_for_backward(*inputs[:2])
+
+
+def _autograd(ctx, grad):  # type: ignore[no-untyped-def]
+    dv, dg = _backward(grad.contiguous(), *ctx.saved_tensors)
+    needs_v, needs_g = ctx.needs_input_grad[:2]
+    return dv if needs_v else None, dg if needs_g else None, None
+
+
+_forward.register_autograd(_autograd, setup_context=_setup_context)
+
+
 def normalize_weight(weight_v: Tensor, weight_g: Tensor) -> Tensor:
-    """Weight normalisation by rows: ``g_k v_k / |v_k|``; weight_v [K, D], weight_g [K, 1] -> [K, D]."""
+    """Weight normalisation by rows: ``g_k v_k / |v_k|``.
+
+    Args: weight_v [K, D] and weight_g [K, 1], both differentiable.
+
+    Returns: [K, D] in the dtype of ``weight_v``; under CPU autocast to bf16 rounded to bf16, which the GEMM
+        it feeds would
+        do anyway, and which halves the traffic to it and back.
+
+    Raises: TypeError, ValueError naming the argument.
+    """
     check_tensor("weight_v", weight_v, ("K", "D"))
     check_tensor("weight_g", weight_g, (weight_v.shape[0], 1), like=weight_v)
-    return reference.normalize_weight(weight_v, weight_g)
+    on_cpu = weight_v.device.type == "cpu" and weight_v.dtype == torch.float32
+    autocast = (
+        on_cpu and torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") == torch.bfloat16
+    )
+    dtype = torch.bfloat16 if autocast else weight_v.dtype
+    if resolve(weight_v) == "reference" or weight_v.dtype != torch.float32 or weight_g.dtype != torch.float32:
+        return reference.normalize_weight(weight_v, weight_g).to(dtype)
+    return _forward(weight_v.contiguous(), weight_g.contiguous(), dtype)

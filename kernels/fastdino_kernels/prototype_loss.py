@@ -5,11 +5,11 @@ Student rows z [V*B, D] and weights W [K, D], teacher rows y [G*B, D] and weight
     x = W z / s,  p = softmax((W' y - c) / u);   loss, entropy and KL of x and p as in dino_loss.py
     dz = sum_k dx_k W_k,   dW = dx^T z,   with dx = w / s (n softmax(x) - sum of the targets), formed in fp32
 
-`chunked`, the form for CPUs: W is taken in blocks of columns; one GEMM makes the block's logits, one pass over them
-(csrc/dino_loss.cpp) adds up the statistics. The backward makes the logits again, turns them into dx while they are in the
-cache, and multiplies twice. Extra memory is one block, not [rows, K]; small problems, whose logits fit KEEP_BYTES, keep them
-from the forward and save a third of the work. GEMMs run in bf16 under autocast or for bf16 weights, else in fp32; statistics,
-dx and the accumulation of dz over blocks are fp32.
+`chunked`, the form for CPUs: W is taken in blocks of columns; one GEMM makes the block's logits, one pass
+over them (csrc/dino_loss.cpp) adds up the statistics. The backward makes the logits again, turns them into dx
+while they are in the cache, and multiplies twice. Extra memory is one block, not [rows, K]; small problems,
+whose logits fit KEEP_BYTES, keep them from the forward and save a third of the work. GEMMs run in bf16 under
+autocast or for bf16 weights, else in fp32; statistics, dx and the accumulation of dz over blocks are fp32.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from torch import Tensor
 from . import reference
 from .backend import resolve
 from .dino_loss import add_statistics, new_state, result, state_size, temperature, write_gradient
+from .native import empty_like
 from .reference import PrototypeLoss
 from .validate import check_no_grad, check_temperature, check_tensor, check_views
 
@@ -52,7 +53,7 @@ def _forward(
     dtype: torch.dtype,
     needs_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """-> loss [], entropy [], batch center [K], state, logits kept for the backward (block by block, [rows, C] each; or [0])."""
+    """-> loss [], entropy [], batch center [K], state, logits kept for the backward (by blocks, or [0])."""
     (rows, d), (teacher_rows, _), k = student_z.shape, teacher_z.shape, len(center)
     images = teacher_rows // n_global
     shape, temps = (images, rows // images, n_global), (student_temp.item(), teacher_temp.item())
@@ -123,7 +124,7 @@ def _backward(
     shape, temps = (images, rows // images, n_global), (student_temp.item(), teacher_temp.item())
     z, y, scale = student_z.to(dtype), teacher_z.to(dtype), grad_loss.item()
     dz = torch.zeros((rows, d) if needs_z else 0, dtype=torch.float32)
-    dw = torch.empty_like(student_weight) if needs_weight else student_weight.new_empty(0)
+    dw = empty_like(student_weight) if needs_weight else student_weight.new_empty(0)
     direct = dw.dtype == dtype
     buffer = kept
     for columns in _chunks(k, rows + teacher_rows, 2 * d, dtype):
@@ -191,7 +192,9 @@ _forward.register_autograd(_autograd, setup_context=_setup_context)
 def _views(buffer: Tensor, rows: int, teacher_rows: int, columns: slice) -> tuple[Tensor, Tensor]:
     """The student's [rows, C] and the teacher's [teacher_rows, C] block at the start of a flat buffer."""
     c = columns.stop - columns.start
-    return buffer[: rows * c].view(rows, c), buffer[rows * c : (rows + teacher_rows) * c].view(teacher_rows, c)
+    return buffer[: rows * c].view(rows, c), buffer[rows * c : (rows + teacher_rows) * c].view(
+        teacher_rows, c
+    )
 
 
 def _gemm_dtype(z: Tensor, weight: Tensor) -> torch.dtype:
@@ -211,18 +214,19 @@ def prototype_loss(
     teacher_temp: float | Tensor,
     n_global: int = 2,
 ) -> PrototypeLoss:
-    """:func:`dino_loss` of the logits ``z @ weight.T``, which are never stored as a whole (Caron et al. 2021, eq. 1-4).
+    """:func:`dino_loss` of the logits ``z @ weight.T``, which are not stored (Caron et al. 2021, eq. 1-4).
 
     Args:
         student_z: bottleneck features [V*B, D], view-major: row ``v * B + b``; fp32, bf16, fp16 or float64.
         student_weight: effective prototype weights [K, D].
-        teacher_z, teacher_weight: [n_global*B, D] of the first ``n_global`` views, and [K, D]; must not require grad.
+        teacher_z, teacher_weight: [n_global*B, D] of the first ``n_global`` views, and [K, D]; must not
+            require grad.
         center: [K], as it was before this step's update.
         student_temp, teacher_temp: numbers > 0, or 0-dim tensors.
 
     Returns:
-        PrototypeLoss of fp32 tensors (float64 for float64 features and weights); ``loss`` is differentiable in
-        ``student_z`` and ``student_weight``.
+        PrototypeLoss of fp32 tensors (float64 for float64 features and weights); ``loss`` is differentiable
+        in ``student_z`` and ``student_weight``.
 
     Raises:
         TypeError, ValueError: naming the argument, what was expected and what came.

@@ -1,11 +1,11 @@
 """Eager oracles: the specification of every operation, on any device and in float64 as well.
 
-Nothing here is tuned. Each function is written from the formula in its docstring, is differentiated by autograd, and is what
-the fast backends are tested against; it also answers where no fast backend exists.
+Nothing here is tuned. Each function is written from the formula in its docstring, is differentiated by
+autograd, and is what the fast backends are tested against; it also answers where no fast backend exists.
 
-Rows are view-major: row ``v * B + b`` belongs to view ``v`` of image ``b``. The student sees all ``V`` views, the teacher the
-first ``G = n_global`` of them. Symbols: ``K`` prototypes, ``D`` bottleneck width, ``s`` and ``u`` the student's and the
-teacher's temperature, ``c`` the center, ``m`` the teacher's momentum.
+Rows are view-major: row ``v * B + b`` belongs to view ``v`` of image ``b``. The student sees all ``V`` views,
+the teacher the first ``G = n_global`` of them. Symbols: ``K`` prototypes, ``D`` bottleneck width, ``s`` and
+``u`` the student's and the teacher's temperature, ``c`` the center, ``m`` the teacher's momentum.
 """
 
 from __future__ import annotations
@@ -46,13 +46,16 @@ def dino_loss(
     teacher_temp: float | Tensor,
     n_global: int = 2,
 ) -> DinoLoss:
-    """Cross-entropy of every teacher view with every other student view of the same image (Caron et al. 2021, eq. 1-4).
+    """Cross-entropy of each teacher view with each other student view of the image (Caron et al. 2021, eq. 1-4).
 
-    ``p_g = softmax((t_g - c) / u)`` and ``x_v = student_v / s``; the loss is the mean of ``-sum_k p_gk log softmax(x_v)_k``
-    over the images and the ``G (V - 1)`` pairs ``g != v``. Cross-entropy is linear in its target, so the targets of one
-    student view are added up first: ``loss = w sum_v (n_v logsumexp(x_v) - x_v . sum_{g != v} p_g)``, ``w = 1 / (pairs B)``.
+    ``p_g = softmax((t_g - c) / u)`` and ``x_v = student_v / s``; the loss is the mean of ``-sum_k p_gk log
+    softmax(x_v)_k`` over the images and the ``G (V - 1)`` pairs ``g != v``. Cross-entropy is linear in its
+    target, so the targets of one
+    student view are added up first: ``loss = w sum_v (n_v logsumexp(x_v) - x_v . sum_{g != v} p_g)``, ``w = 1
+        / (pairs B)``.
 
-    Args: student_logits [V*B, K], teacher_logits [G*B, K] (no gradient flows into it), center [K] as it was before this step.
+    Args: student_logits [V*B, K], teacher_logits [G*B, K] (no gradient flows into it), center [K] as it was
+        before this step.
     """
     with torch.no_grad():
         raw = _upcast(teacher_logits.detach())  # [G*B, K]
@@ -62,7 +65,10 @@ def dino_loss(
         batch_center = raw.mean(0)  # [K]
     x = _upcast(student_logits) / student_temp  # [V*B, K]
     k = x.shape[-1]
-    x, p = x.unflatten(0, (-1, p.shape[0] // n_global)), p.unflatten(0, (n_global, -1))  # [V, B, K], [G, B, K]
+    x, p = (
+        x.unflatten(0, (-1, p.shape[0] // n_global)),
+        p.unflatten(0, (n_global, -1)),
+    )  # [V, B, K], [G, B, K]
     views, images = x.shape[:2]
     target = p.sum(0).expand(views, images, k)  # [V, B, K]
     target = torch.cat([target[:n_global] - p, target[n_global:]])  # a view is not paired with itself
@@ -100,7 +106,7 @@ def prototype_loss(
 
 
 def normalize_weight(weight_v: Tensor, weight_g: Tensor) -> Tensor:
-    """Weight normalisation by rows (Salimans & Kingma 2016): ``g_k v_k / |v_k|``; weight_v [K, D], weight_g [K, 1] -> [K, D]."""
+    """``g_k v_k / |v_k|`` (Salimans & Kingma 2016): weight_v [K, D], weight_g [K, 1] -> [K, D]."""
     return weight_v * (weight_g / torch.linalg.vector_norm(weight_v, dim=1, keepdim=True))
 
 
@@ -113,13 +119,16 @@ def ema_update_(teacher: Sequence[Tensor], student: Sequence[Tensor], momentum: 
 
 @torch.no_grad()
 def grad_norms(grads: Sequence[Tensor | None], grad_scale: float = 1.0) -> Tensor:
-    """Euclidean norm of each gradient divided by ``grad_scale``, fp32 [n], accumulated in double; 0 for a missing one."""
-    norms = [0.0 if g is None else torch.linalg.vector_norm(g, dtype=torch.float64).item() / grad_scale for g in grads]
+    """Norm of each gradient divided by ``grad_scale``, fp32 [n], summed in double; 0 for a missing one."""
+    norms = [
+        0.0 if g is None else torch.linalg.vector_norm(g, dtype=torch.float64).item() / grad_scale
+        for g in grads
+    ]
     return torch.tensor(norms, dtype=torch.float32)
 
 
 def clip_coefficient(norm: float, max_norm: float) -> float:
-    """``min(1, max_norm / (norm + 1e-6))``, the factor of the official per-tensor clipping; 1 where max_norm is 0."""
+    """``min(1, max_norm / (norm + 1e-6))``, the official clipping; 1 where max_norm is 0."""
     return min(1.0, max_norm / (norm + 1e-6)) if max_norm > 0 else 1.0
 
 
@@ -137,7 +146,7 @@ def adamw_(
     weight_decay: float,
     grad_factor: float = 1.0,
 ) -> None:
-    """One AdamW step (Loshchilov & Hutter 2019, algorithm 2) on ``grad_factor * grad``; ``step`` counts from 1."""
+    """One AdamW step (Loshchilov & Hutter 2019, algorithm 2) on ``grad_factor * grad``; step counts from 1."""
     beta1, beta2 = betas
     grad = grad * grad_factor
     param.mul_(1 - lr * weight_decay)

@@ -1,4 +1,4 @@
-"""Checks of arguments, made once in each public function: TypeError or ValueError with the name, what was expected, what came."""
+"""Checks of arguments, made once in each public function; errors name the argument, the expected, the given."""
 
 from __future__ import annotations
 
@@ -15,10 +15,14 @@ def check_tensor(name: str, x: Any, shape: tuple[str | int, ...], *, like: Tenso
     if not isinstance(x, Tensor):
         raise TypeError(f"{name}: expected a tensor, got {type(x).__name__}")
     if type(x).__name__ == "DTensor":
-        raise TypeError(f"{name}: got a DTensor; call the loss inside the module's forward, or pass .full_tensor()")
+        raise TypeError(
+            f"{name}: got a DTensor; call the loss inside the module's forward, or pass .full_tensor()"
+        )
     if x.dtype not in FLOATS:
         raise TypeError(f"{name}: expected a floating-point tensor, got {x.dtype}")
-    if x.dim() != len(shape) or any(isinstance(e, int) and n != e for n, e in zip(x.shape, shape, strict=True)):
+    if x.dim() != len(shape) or any(
+        isinstance(e, int) and n != e for n, e in zip(x.shape, shape, strict=True)
+    ):
         raise ValueError(f"{name}: expected shape [{', '.join(map(str, shape))}], got {list(x.shape)}")
     if like is not None and x.device != like.device:
         raise ValueError(f"{name}: expected device {like.device}, got {x.device}")
@@ -34,12 +38,16 @@ def check_temperature(name: str, value: float | Tensor) -> None:
         raise ValueError(f"{name}: expected a temperature > 0, got {value}")
 
 
-def check_views(student_name: str, student_rows: int, teacher_name: str, teacher_rows: int, n_global: int) -> None:
+def check_views(
+    student_name: str, student_rows: int, teacher_name: str, teacher_rows: int, n_global: int
+) -> None:
     """V*B student rows and G*B teacher rows of the same B >= 1 images, with V >= G and at least one pair."""
     if n_global < 1:
         raise ValueError(f"n_global: expected at least 1, got {n_global}")
     if teacher_rows == 0 or teacher_rows % n_global:
-        raise ValueError(f"{teacher_name}: expected n_global * B = {n_global} * B rows with B >= 1, got {teacher_rows}")
+        raise ValueError(
+            f"{teacher_name}: expected n_global * B = {n_global} * B rows with B >= 1, got {teacher_rows}"
+        )
     images = teacher_rows // n_global
     if student_rows % images or student_rows < max(n_global, 2) * images:
         raise ValueError(
@@ -50,4 +58,6 @@ def check_views(student_name: str, student_rows: int, teacher_name: str, teacher
 
 def check_no_grad(name: str, x: Tensor) -> None:
     if x.requires_grad:
-        raise ValueError(f"{name}: the teacher must not require grad; detach it or run it under torch.no_grad()")
+        raise ValueError(
+            f"{name}: the teacher must not require grad; detach it or run it under torch.no_grad()"
+        )

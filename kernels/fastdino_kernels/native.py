@@ -1,0 +1,46 @@
+"""Calling the C functions of `csrc/` with tensors."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from . import csrc
+
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # codes of the C interface
+_HUGE_PAGES_FROM = 8 << 20  # bytes
+
+
+def call(name: str, *arguments: object) -> None:
+    """Run a kernel on torch's number of threads; RuntimeError with its name when it fails."""
+    library = csrc.library()
+    assert library is not None, "callers ask backend.resolve first"
+    csrc.check(getattr(library, name)(*arguments, ctypes.c_int(csrc.num_threads())), name)
+
+
+def pointer(x: Tensor) -> ctypes.c_void_p:
+    return ctypes.c_void_p(x.data_ptr())
+
+
+def int64(*values: int) -> tuple[ctypes.c_int64, ...]:
+    return tuple(map(ctypes.c_int64, values))
+
+
+def pointers(tensors: Sequence[Tensor | None]) -> ctypes.Array[ctypes.c_void_p]:
+    """Array of addresses, null for None."""
+    return (ctypes.c_void_p * len(tensors))(*(None if x is None else x.data_ptr() for x in tensors))
+
+
+def sizes(tensors: Sequence[Tensor]) -> ctypes.Array[ctypes.c_int64]:
+    return (ctypes.c_int64 * len(tensors))(*(x.numel() for x in tensors))
+
+
+def empty_like(x: Tensor) -> Tensor:
+    """Uninitialised contiguous tensor, on huge pages if it is large."""
+    out = torch.empty_like(x, memory_format=torch.contiguous_format)
+    if out.nbytes >= _HUGE_PAGES_FROM:
+        call("fdk_advise_huge_pages", pointer(out), *int64(out.nbytes))
+    return out
