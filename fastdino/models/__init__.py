@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import copy
-import difflib
 from collections.abc import Sequence
 
 from torch import Tensor, nn
 
 from fastdino.config import Config, ModelConfig
 from fastdino.models.head import DINOHead
-from fastdino.models.vit import VisionTransformer, vit_base, vit_small, vit_tiny
+from fastdino.models.vit import VisionTransformer, standard_vit, vit_base, vit_small, vit_tiny
 
 __all__ = [
     "DINOHead",
@@ -23,8 +22,6 @@ __all__ = [
     "vit_small",
     "vit_tiny",
 ]
-
-BACKBONES = {"vit_tiny": vit_tiny, "vit_small": vit_small, "vit_base": vit_base}
 
 
 class MultiCropModel(nn.Module):
@@ -43,19 +40,16 @@ class MultiCropModel(nn.Module):
 def build_backbone(
     model: ModelConfig, *, drop_path_rate: float = 0.0, img_size: int = 224
 ) -> VisionTransformer:
-    """The backbone a configuration describes; ValueError for an unknown ``arch`` or sizes that do not fit."""
-    arch = model.arch.replace("deit", "vit")
-    if arch not in BACKBONES:
-        close = difflib.get_close_matches(arch, BACKBONES, n=1)
-        hint = f"; did you mean {close[0]}?" if close else ""
-        raise ValueError(f"arch must be one of {', '.join(BACKBONES)}, got {model.arch!r}{hint}")
-    sizes = {"embed_dim": model.embed_dim, "depth": model.depth, "num_heads": model.num_heads}
-    return BACKBONES[arch](
+    """The backbone a configuration describes; ConfigError or ValueError naming what does not fit."""
+    return standard_vit(
+        model.arch,
+        img_size=img_size,
         patch_size=model.patch_size,
         in_chans=model.in_chans,
-        img_size=img_size,
+        embed_dim=model.embed_dim,
+        depth=model.depth,
+        num_heads=model.num_heads,
         drop_path_rate=drop_path_rate,
-        **{name: value for name, value in sizes.items() if value is not None},
     )
 
 

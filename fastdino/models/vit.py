@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastdino.config import ARCHITECTURES, ConfigError
 from fastdino.models.attention import Groups, attention, attention_map, cls_attention, join, split_groups
 
 
@@ -260,27 +261,27 @@ def init_linear(module: nn.Module) -> None:
             nn.init.zeros_(module.bias)
 
 
-VIT_TINY = {"embed_dim": 192, "depth": 12, "num_heads": 3}
-VIT_SMALL = {"embed_dim": 384, "depth": 12, "num_heads": 6}
-VIT_BASE = {"embed_dim": 768, "depth": 12, "num_heads": 12}
+def standard_vit(arch: str, **overrides: Any) -> VisionTransformer:
+    """The backbone named ``arch``; arguments of :class:`VisionTransformer` other than None override its sizes."""
+    if arch not in ARCHITECTURES:
+        raise ConfigError("arch", f"expected one of {', '.join(ARCHITECTURES)}, got {arch!r}")
+    embed_dim, depth, num_heads = ARCHITECTURES[arch]
+    sizes = {"embed_dim": embed_dim, "depth": depth, "num_heads": num_heads}
+    return VisionTransformer(
+        **sizes | {name: value for name, value in overrides.items() if value is not None}
+    )
 
 
 def vit_tiny(patch_size: int = 16, **kwargs: Any) -> VisionTransformer:
-    """ViT-T: 12 blocks of width 192, 3 heads. Further arguments are those of :class:`VisionTransformer`."""
-    return VisionTransformer(**{"patch_size": patch_size, **VIT_TINY, **kwargs})
+    """12 blocks of width 192, 3 heads. Further arguments are those of :class:`VisionTransformer`."""
+    return standard_vit("vit_tiny", patch_size=patch_size, **kwargs)
 
 
 def vit_small(patch_size: int = 16, **kwargs: Any) -> VisionTransformer:
-    """ViT-S: 12 blocks of width 384, 6 heads (DINO Table 1).
-
-    Further arguments are those of :class:`VisionTransformer`.
-    """
-    return VisionTransformer(**{"patch_size": patch_size, **VIT_SMALL, **kwargs})
+    """12 blocks of width 384, 6 heads (Table 1). Further arguments are those of :class:`VisionTransformer`."""
+    return standard_vit("vit_small", patch_size=patch_size, **kwargs)
 
 
 def vit_base(patch_size: int = 16, **kwargs: Any) -> VisionTransformer:
-    """ViT-B: 12 blocks of width 768, 12 heads (DINO Table 1).
-
-    Further arguments are those of :class:`VisionTransformer`.
-    """
-    return VisionTransformer(**{"patch_size": patch_size, **VIT_BASE, **kwargs})
+    """12 blocks of width 768, 12 heads (Table 1). Further arguments are those of :class:`VisionTransformer`."""
+    return standard_vit("vit_base", patch_size=patch_size, **kwargs)
