@@ -1,11 +1,7 @@
 // Antialiased bicubic resize in two passes with 22-bit integer weights and 8 bits between the passes, as Pillow 13 does:
 // the results are the same to the bit.
-//
-// A pass in the first direction turns lines of interleaved RGB into lines of three planes ("line": R, G, B, each `pitch`
-// bytes); a pass in the second direction makes output bytes from whole lines, whatever these hold. So either pass may come
-// first, and only the order decides which lines the other one sees.
 
-#include "multicrop.h"
+#include "multicrop_resize.h"
 
 #include <algorithm>
 #include <cmath>
@@ -21,18 +17,6 @@
 
 namespace fdk::crop {
 namespace {
-
-constexpr int kBits = 22;
-
-// Weight of input first[o] + t in output o: value[o * taps + t], in units of 2**-kBits, t < count[o] <= taps.
-struct Weights {
-    int taps = 0;
-    Buffer<int> first_, count_, value_;
-    Buffer<double> row_;
-    int *first = nullptr, *count = nullptr, *value = nullptr;
-
-    void compute(int length, int size, bool reversed);
-};
 
 FDK_INLINE double cubic(double d) {
     const double near = (1.5 * d - 2.5) * d * d + 1;
@@ -51,10 +35,108 @@ FDK_CLONES void to_fixed(const double* __restrict row, int* __restrict value, in
     }
 }
 
-void Weights::compute(int length, int size, bool reversed) {
+FDK_INLINE uint8_t to_byte(int sum) { return static_cast<uint8_t>(std::min(std::max(sum >> kBits, 0), 255)); }
+
+void across_plain(const uint8_t* const* rows, int count, const Weights& w, const Packed&, int pitch, uint8_t* lines) {
+    for (int y = 0; y < count; ++y, lines += 3 * static_cast<size_t>(pitch)) {
+        for (int o = 0; o < w.size; ++o) {
+            const uint8_t* p = rows[y] + 3 * w.first[o];
+            const int* k = w.value + static_cast<size_t>(o) * w.taps;
+            int r = 1 << (kBits - 1), g = r, b = r;
+            for (int t = 0; t < w.count[o]; ++t, p += 3) {
+                r += p[0] * k[t];
+                g += p[1] * k[t];
+                b += p[2] * k[t];
+            }
+            lines[o] = to_byte(r);
+            lines[pitch + o] = to_byte(g);
+            lines[2 * pitch + o] = to_byte(b);
+        }
+    }
+}
+
+FDK_CLONES void add_row(int* __restrict sums, const uint8_t* __restrict row, int count, int k) {
+    for (int i = 0; i < count; ++i) sums[i] += row[i] * k;
+}
+
+FDK_CLONES void finish_row(const int* __restrict sums, uint8_t* __restrict line, int count) {
+    for (int i = 0; i < count; ++i) line[i] = to_byte(sums[i]);
+}
+
+void down_plain(const uint8_t* const* rows, const Weights& w, const Packed&, int o, int bytes, uint8_t* line) {
+    constexpr int kPart = 1024;
+    int sums[kPart];
+    const int* k = w.value + static_cast<size_t>(o) * w.taps;
+    for (int begin = 0; begin < bytes; begin += kPart) {
+        const int count = std::min(kPart, bytes - begin);
+        std::fill(sums, sums + count, 1 << (kBits - 1));
+        for (int t = 0; t < w.count[o]; ++t) add_row(sums, rows[w.first[o] + t] + begin, count, k[t]);
+        finish_row(sums, line + begin, count);
+    }
+}
+
+struct Scratch {
+    Weights across, down;
+    Packed across_packed, down_packed;
+    Buffer<uint8_t> lines, line, tail;
+    Buffer<const uint8_t*> rows;
+};
+
+// The kernels for this processor, with the weights in the form they read.
+void prepare(Scratch& s, int pitch, Across& across, Down& down) {
+    across = across_plain;
+    down = down_plain;
+#if defined(__x86_64__)
+    const Simd level = simd();
+    if (level == kAvx512) {
+        pack_digits(s.down, s.down_packed);
+        down = down_avx512;
+        if (pack_blocks(s.across, pitch, s.across_packed)) {
+            across = across_avx512;
+            return;
+        }
+    } else if (level == kAvx2) {
+        pack_pairs(s.down, s.down_packed);
+        down = down_avx2;
+    }
+    if (level >= kAvx2) {
+        pack_pairs(s.across, s.across_packed);
+        across = across_avx2;
+    }
+#else
+    (void)s, (void)pitch;
+#endif
+}
+
+// Pointers to the rows of the box, each readable kSlack bytes beyond its end.
+const uint8_t** box_rows(const Image& image, const Box& box, Scratch& s) {
+    const uint8_t** rows = s.rows.need(std::max(box.height, s.down.size));
+    const size_t bytes = 3 * static_cast<size_t>(box.width), room = bytes + kSlack;
+    const uint8_t* end = image.pixels + 3 * image.height * image.width;
+    uint8_t* tail = nullptr;
+    for (int y = 0; y < box.height; ++y) {
+        rows[y] = image.pixels + 3 * ((box.y + y) * image.width + box.x);
+        if (static_cast<size_t>(end - rows[y]) >= room) continue;
+        if (tail == nullptr) tail = s.tail.need(room * (box.height - y));  // this row and those below it
+        std::memcpy(tail, rows[y], bytes);
+        rows[y] = tail;
+        tail += room;
+    }
+    return rows;
+}
+
+void store(const uint8_t* line, int pitch, int size, int y, uint8_t* planes) {
+    const size_t count = static_cast<size_t>(size) * size;
+    for (int c = 0; c < 3; ++c) std::memcpy(planes + c * count + static_cast<size_t>(y) * size, line + c * pitch, size);
+}
+
+}  // namespace
+
+void Weights::compute(int length, int outputs, bool reversed) {
+    size = outputs;
     const double scale = static_cast<double>(length) / size, stretch = std::max(scale, 1.0);
     const double support = 2 * stretch;
-    taps = static_cast<int>(std::ceil(support)) * 2 + 1;
+    taps = (static_cast<int>(std::ceil(support)) * 2 + 1 + 3) / 4 * 4;
     first = first_.need(size);
     count = count_.need(size);
     value = value_.need(static_cast<size_t>(size) * taps);
@@ -73,84 +155,35 @@ void Weights::compute(int length, int size, bool reversed) {
     }
 }
 
-FDK_INLINE uint8_t to_byte(int sum) { return static_cast<uint8_t>(std::clamp(sum >> kBits, 0, 255)); }
-
-void horizontal_plain(const uint8_t* row, const Weights& w, int size, uint8_t* line, int pitch) {
-    for (int o = 0; o < size; ++o) {
-        const uint8_t* p = row + 3 * w.first[o];
-        const int* k = w.value + static_cast<size_t>(o) * w.taps;
-        int r = 1 << (kBits - 1), g = r, b = r;
-        for (int t = 0; t < w.count[o]; ++t, p += 3) {
-            r += p[0] * k[t];
-            g += p[1] * k[t];
-            b += p[2] * k[t];
-        }
-        line[o] = to_byte(r);
-        line[pitch + o] = to_byte(g);
-        line[2 * pitch + o] = to_byte(b);
-    }
-}
-
-FDK_CLONES void add_row(int* __restrict sums, const uint8_t* __restrict row, int count, int k) {
-    for (int i = 0; i < count; ++i) sums[i] += row[i] * k;
-}
-
-FDK_CLONES void finish_row(const int* __restrict sums, uint8_t* __restrict line, int count) {
-    for (int i = 0; i < count; ++i) line[i] = static_cast<uint8_t>(std::min(std::max(sums[i] >> kBits, 0), 255));
-}
-
-void vertical_plain(const uint8_t* const* rows, const Weights& w, int o, uint8_t* line, int bytes) {
-    constexpr int kPart = 1024;
-    int sums[kPart];
-    const int* k = w.value + static_cast<size_t>(o) * w.taps;
-    for (int begin = 0; begin < bytes; begin += kPart) {
-        const int count = std::min(kPart, bytes - begin);
-        std::fill(sums, sums + count, 1 << (kBits - 1));
-        for (int t = 0; t < w.count[o]; ++t) add_row(sums, rows[w.first[o] + t] + begin, count, k[t]);
-        finish_row(sums, line + begin, count);
-    }
-}
-
-struct Scratch {
-    Weights across, down;
-    Buffer<uint8_t> lines, line;
-    Buffer<const uint8_t*> rows;
-};
-
-void store(const uint8_t* line, int pitch, int size, int y, uint8_t* planes) {
-    const size_t count = static_cast<size_t>(size) * size;
-    for (int c = 0; c < 3; ++c) std::memcpy(planes + c * count + static_cast<size_t>(y) * size, line + c * pitch, size);
-}
-
-}  // namespace
-
 void resize(const Image& image, const Box& box, int size, bool flip, uint8_t* planes) {
     static thread_local Scratch scratch;
     Scratch& s = scratch;
+    const int pitch = (size + 15) / 16 * 16;
     s.across.compute(box.width, size, flip);
     s.down.compute(box.height, size, false);
-    const int pitch = (size + 15) / 16 * 16;
-    const uint8_t** rows = s.rows.need(std::max(box.height, size));
-    uint8_t* line = s.line.need(3 * static_cast<size_t>(pitch));
-    for (int y = 0; y < box.height; ++y) rows[y] = image.pixels + 3 * ((box.y + y) * image.width + box.x);
+    Across across;
+    Down down;
+    prepare(s, pitch, across, down);
+    const uint8_t** rows = box_rows(image, box, s);
+    const size_t line_bytes = 3 * static_cast<size_t>(pitch);
+    uint8_t* line = s.line.need(line_bytes + kSlack);
 
     if (box.height > size && box.height - size > 2 * (box.width - size)) {
-        const size_t bytes = 3 * static_cast<size_t>(box.width);
-        uint8_t* shorter = s.lines.need(bytes * size);
-        for (int y = 0; y < size; ++y) vertical_plain(rows, s.down, y, shorter + y * bytes, static_cast<int>(bytes));
+        const int bytes = 3 * box.width;
+        const size_t step = bytes + kSlack;
+        uint8_t* shorter = s.lines.need(step * size);
+        for (int y = 0; y < size; ++y) down(rows, s.down, s.down_packed, y, bytes, shorter + y * step);
         for (int y = 0; y < size; ++y) {
-            horizontal_plain(shorter + y * bytes, s.across, size, line, pitch);
+            const uint8_t* row = shorter + y * step;
+            across(&row, 1, s.across, s.across_packed, pitch, line);
             store(line, pitch, size, y, planes);
         }
     } else {
-        const size_t bytes = 3 * static_cast<size_t>(pitch);
-        uint8_t* narrower = s.lines.need(bytes * box.height);
-        for (int y = 0; y < box.height; ++y) {
-            horizontal_plain(rows[y], s.across, size, narrower + y * bytes, pitch);
-            rows[y] = narrower + y * bytes;
-        }
+        uint8_t* narrower = s.lines.need(line_bytes * box.height + kSlack);
+        across(rows, box.height, s.across, s.across_packed, pitch, narrower);
+        for (int y = 0; y < box.height; ++y) rows[y] = narrower + y * line_bytes;
         for (int y = 0; y < size; ++y) {
-            vertical_plain(rows, s.down, y, line, static_cast<int>(bytes));
+            down(rows, s.down, s.down_packed, y, static_cast<int>(line_bytes), line);
             store(line, pitch, size, y, planes);
         }
     }
