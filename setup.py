@@ -171,7 +171,7 @@ setup(
             "ruff==0.17.5",
             "mypy==2.4.1",
             "scipy>=1.12",
-            "triton>=3.6; platform_system == 'Linux'",
+            "triton>=3.6,<3.8; platform_system == 'Linux'",
             "types-PyYAML",
         ],
     },

@@ -61,6 +61,7 @@ def parse(argv: Sequence[str]) -> tuple[Config, Actions]:
     layers.add_argument("--preset", nargs="?")
     layers.add_argument("--config", nargs="?")
     chosen, _ = layers.parse_known_args(argv)
+    argv = ["--logger" + word[5:] if word == "--log" or word.startswith("--log=") else word for word in argv]
     try:
         base = layered(chosen.preset, chosen.config)
         line = tyro.cli(
@@ -76,16 +77,14 @@ def parse(argv: Sequence[str]) -> tuple[Config, Actions]:
         )
         config = Config(**_sections(line))
         if line.start.list_presets:
-            print(presets_table())
-            sys.exit(0)
+            _print_and_stop(presets_table())
         if line.start.preview_crops < 0:
             raise ConfigError("preview_crops", f"expected a number >= 0, got {line.start.preview_crops}")
         validate(config)
     except ConfigError as error:
         fail(str(error))
     if line.start.print_config:
-        print(config_to_yaml(config), end="")
-        sys.exit(0)
+        _print_and_stop(config_to_yaml(config).rstrip())
     return config, line.start
 
 
@@ -100,7 +99,7 @@ def main(argv: Sequence[str]) -> int:
     try:
         trainer = Trainer(config)
     except (ValueError, OSError, CheckpointError) as error:
-        fail(str(error))
+        fail(str(error), first_only=False)
     trainer.fit()
     return 0
 
@@ -134,9 +133,9 @@ def _without_training(config: Config, actions: Actions) -> int:
     return 0
 
 
-def fail(message: str) -> NoReturn:
-    """Print one line (from the first process only) and exit with 2."""
-    if _first_process():
+def fail(message: str, *, first_only: bool = True) -> NoReturn:
+    """Print one line and exit with 2; ``first_only`` for what is wrong in every process alike."""
+    if _first_process() or not first_only:
         print(f"train.py: error: {message}", file=sys.stderr)
     sys.exit(2)
 
@@ -149,6 +148,12 @@ def presets_table() -> str:
         lines = textwrap.wrap(changes, 96, break_on_hyphens=False)
         parts.append("\n    ".join([name, str(flags.__doc__), *lines]))
     return "\n".join(parts)
+
+
+def _print_and_stop(text: str) -> NoReturn:
+    if _first_process():
+        print(text)
+    sys.exit(0)
 
 
 def _first_process() -> bool:

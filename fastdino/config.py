@@ -172,8 +172,8 @@ class RunConfig:
     """Seed of weights, data order, crops and stochastic depth."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto takes CUDA when there is a GPU."""
-    log: Literal["tensorboard", "wandb", "none"] = "tensorboard"
-    """Curves besides log.txt and report.html."""
+    logger: Literal["tensorboard", "wandb", "none"] = "tensorboard"
+    """Curves besides log.txt and report.html; --log is the same, but torchrun does not let it through."""
     log_every: int = 10
     """Steps between log lines."""
     report: bool = True
@@ -258,6 +258,7 @@ def with_flags(config: Config, values: Mapping[str, Any], where: str = "") -> Co
     sections: dict[str, dict[str, Any]] = {}
     for spelled, value in values.items():
         name = str(spelled).replace("-", "_")
+        name = "logger" if name == "log" else name
         if name not in _flags():
             raise ConfigError(name, f"unknown flag{where}{_nearest(name, _flags())}")
         section, kind = _flags()[name]
@@ -443,8 +444,8 @@ def validate(config: Config, world_size: int | None = None) -> None:
         )
     if not optim.use_fp16 and optim.precision in ("bf16", "fp16"):
         raise ConfigError("precision", f"expected fp32 or auto with --use_fp16 false, got {optim.precision}")
-    if config.run.log == "wandb" and importlib.util.find_spec("wandb") is None:
-        raise ConfigError("log", "wandb is not installed (pip install wandb)")
+    if config.run.logger == "wandb" and importlib.util.find_spec("wandb") is None:
+        raise ConfigError("logger", "wandb is not installed (pip install wandb)")
     split_batch(config, launched_processes() if world_size is None else world_size)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
@@ -9,8 +10,9 @@ import time
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
-from fastdino.cli import parse, presets_table
+from fastdino.cli import main, parse, presets_table
 from fastdino.config import Config, as_flags, with_flags
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -29,6 +31,12 @@ def refused(line: str, capsys: pytest.CaptureFixture[str]) -> str:
     assert stop.value.code == 2
     out = capsys.readouterr()
     return " ".join((out.err + out.out).replace("│", " ").split())
+
+
+def images(folder: Path, number: int) -> None:
+    folder.mkdir(exist_ok=True)
+    for index in range(number):
+        Image.new("RGB", (64, 48), (index * 20, 100, 200)).save(folder / f"{index}.jpg")
 
 
 # What the documentation and the logs of the official code pass to main_dino.py.
@@ -241,6 +249,47 @@ def test_dry_run_without_data(tmp_path: Path) -> None:
     result = subprocess.run(line, capture_output=True, text=True, check=True)
     assert "21,665,664 parameters" in result.stdout and "113.4 G" in result.stdout
     assert not (tmp_path / "out").exists()
+
+
+def test_dry_run_counts_the_images(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    images(tmp_path, 7)
+    assert main(["--data_path", str(tmp_path), "--batch_size", "2", "--epochs", "10", "--dry_run"]) == 0
+    assert "30 (10 epochs of 3 steps)" in capsys.readouterr().out
+    with pytest.raises(SystemExit) as stop:
+        main(["--data_path", str(tmp_path), "--batch_size", "8", "--dry_run"])
+    assert stop.value.code == 2
+    assert f"--data_path {tmp_path}: fewer images than a batch of 8" in capsys.readouterr().err
+
+
+def test_preview_crops_writes_a_contact_sheet_and_trains_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    images(tmp_path / "data", 3)
+    out = tmp_path / "out"
+    line = ["--data_path", str(tmp_path / "data"), "--output_dir", str(out), "--preview_crops", "2"]
+    assert main(line) == 0
+    assert capsys.readouterr().out.split()[-1] == str(out / "crops.png")
+    assert [path.name for path in out.iterdir()] == ["crops.png"]
+
+
+def test_wandb_is_asked_for_only_when_it_is_there(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    for flag in ("--log", "--logger"):
+        message = refused(f"{flag} wandb", capsys)
+        assert "--logger: wandb is not installed (pip install wandb)" in message
+
+
+def test_torchrun_passes_the_flags_on(tmp_path: Path) -> None:
+    launch = "-m torch.distributed.run --standalone --nproc_per_node=2 train.py"
+    line = [*launch.split(), *"--batch_size 128 --logger none --print_config".split()]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    result = subprocess.run(
+        [sys.executable, *line], cwd=ROOT, capture_output=True, text=True, env=environment
+    )
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("batch_size: 128\n") == 1  # the first process alone prints
 
 
 def test_bad_data_path_is_one_line_and_exit_code_2(tmp_path: Path) -> None:

@@ -111,6 +111,7 @@ def test_preset_names_are_forgiving() -> None:
         ("prescan", False, "off"),
         ("data_path", Path("images"), "images"),
         ("batch-size-per-gpu", 8, 8),
+        ("logger", "none", "none"),
     ],
 )
 def test_values_from_yaml_and_python_are_converted(flag: str, value: Any, expected: Any) -> None:
@@ -140,6 +141,10 @@ def test_values_of_the_wrong_type_are_named(flag: str, value: Any, message: str)
     assert error.value.flag == flag
 
 
+def test_log_is_short_for_logger() -> None:
+    assert with_flags(Config(), {"log": "none"}) == with_flags(Config(), {"logger": "none"})
+
+
 def test_with_flags_leaves_the_original_alone() -> None:
     config = Config()
     assert with_flags(config, {"lr": 1.0}).optim.lr == 1.0
@@ -148,7 +153,7 @@ def test_with_flags_leaves_the_original_alone() -> None:
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_yaml_round_trip(name: str, tmp_path: Path) -> None:
-    traps = {"prescan": "on", "log": "none", "resume": "none", "nb_knn": [5]}
+    traps = {"prescan": "on", "logger": "none", "resume": "none", "nb_knn": [5]}
     config = with_flags(layered(name, None), traps)
     path = tmp_path / "run.yaml"
     path.write_text(config_to_yaml(config))
