@@ -145,7 +145,7 @@ setup(
         *find_packages("kernels", include=["fastdino_kernels.*"]),
     ],
     package_dir={"fastdino": "fastdino", "fastdino_kernels": "kernels/fastdino_kernels"},
-    package_data={"fastdino": ["py.typed"], "fastdino_kernels": ["py.typed"]},
+    package_data={"": ["py.typed", "*.html", "*.css"]},
     # The kernels need the first two. Triton is left to the CUDA builds of torch, which pin their own.
     install_requires=[
         "torch>=2.10",
