@@ -42,8 +42,10 @@ def read_image(path: ImagePath) -> Image.Image:
         raise ValueError(f"cannot read image {os.fspath(path)}: {error}") from error
 
 
-def center_crop(image: Image.Image, size: int) -> np.ndarray:
-    """Shorter side to ``round(size * 256 / 224)`` (bicubic), then the center: uint8 [size, size, 3]."""
+def center_crop(
+    image: Image.Image, size: int, resample: Image.Resampling = Image.Resampling.BICUBIC
+) -> np.ndarray:
+    """Shorter side to ``round(size * 256 / 224)``, then the center: uint8 [size, size, 3] of an RGB image."""
     width, height = image.size
     shorter = round(size * 256 / 224)
     # torchvision's Resize truncates the longer side and its CenterCrop rounds the offsets
@@ -52,7 +54,7 @@ def center_crop(image: Image.Image, size: int) -> np.ndarray:
     else:
         new = (max(shorter, int(shorter * width / height)), shorter)
     left, top = round((new[0] - size) / 2), round((new[1] - size) / 2)
-    return np.array(image.resize(new, Image.Resampling.BICUBIC).crop((left, top, left + size, top + size)))
+    return np.array(image.resize(new, resample).crop((left, top, left + size, top + size)))
 
 
 def normalize(pixels: Tensor) -> Tensor:
