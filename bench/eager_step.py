@@ -1,8 +1,9 @@
-"""The rival of ``bench/step.py``: a DINO step as the official code organises it, re-implemented in plain eager PyTorch.
+"""The rival of ``bench/step.py``: a DINO step as the official code organises it, re-implemented in plain
+eager PyTorch.
 
-One backbone pass per resolution, attention through an explicit N x N softmax, logits of all K prototypes, 2V - 2 separate
-cross-entropies, per-parameter clipping that reads every norm on the host, ``torch.optim.AdamW``, a Python loop for the EMA.
-"""
+One backbone pass per resolution, attention through an explicit N x N softmax, logits of all K prototypes, 2V
+- 2 separate cross-entropies, per-parameter clipping that reads every norm on the host, ``torch.optim.AdamW``,
+a Python loop for the EMA. """
 
 from __future__ import annotations
 
@@ -15,9 +16,20 @@ from fastdino.methods.dino import DINO
 
 
 class EagerStep:
-    """Trains ``method``'s own parameters, so that both sides start from the same weights and can be compared."""
+    """Trains ``method``'s own parameters, so that both sides start from the same weights and can be
+    compared.
+    """
 
-    def __init__(self, method: DINO, *, lr: float, weight_decay: float, momentum: float, teacher_temp: float, clip: float):
+    def __init__(
+        self,
+        method: DINO,
+        *,
+        lr: float,
+        weight_decay: float,
+        momentum: float,
+        teacher_temp: float,
+        clip: float,
+    ):
         self.student, self.teacher, self.center = method.student, method.teacher, method.center[None]
         self.optimizer = torch.optim.AdamW(parameter_groups(self.student), lr=lr)
         self.optimizer.param_groups[0]["weight_decay"] = weight_decay
@@ -65,7 +77,9 @@ def _logits(model: nn.Module, groups: list[Tensor]) -> Tensor:
 def _backbone(vit: nn.Module, images: Tensor) -> Tensor:
     batch, _, height, width = images.shape
     x = vit.patch_embed.proj(images).flatten(2).transpose(1, 2)
-    x = torch.cat([vit.cls_token.expand(batch, -1, -1), x], dim=1) + vit.interpolate_pos_encoding(height, width)
+    x = torch.cat([vit.cls_token.expand(batch, -1, -1), x], dim=1) + vit.interpolate_pos_encoding(
+        height, width
+    )
     for block in vit.blocks:
         x = x + _attention(block.attn, block.norm1(x))
         x = x + block.mlp.fc2(F.gelu(block.mlp.fc1(block.norm2(x))))

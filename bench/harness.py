@@ -1,4 +1,6 @@
-"""What all benchmarks share: providers timed in turns in one run, medians with spread, machine and commit in the output."""
+"""What all benchmarks share: providers timed in turns in one run, medians with spread, machine and commit in
+the output.
+"""
 
 from __future__ import annotations
 
@@ -17,8 +19,12 @@ from fastdino.engine.logs import environment
 RESULTS = Path(__file__).parent / "results"
 
 
-def interleave(providers: Mapping[str, Callable[[], object]], *, rounds: int, warmup: int = 1) -> dict[str, list[float]]:
-    """Seconds per call of each provider; the providers take turns, so that a slow moment of the machine hits all of them."""
+def interleave(
+    providers: Mapping[str, Callable[[], object]], *, rounds: int, warmup: int = 1
+) -> dict[str, list[float]]:
+    """Seconds per call of each provider; the providers take turns, so that a slow moment of the machine hits
+    all of them.
+    """
     times: dict[str, list[float]] = {name: [] for name in providers}
     for r in range(-warmup, rounds):
         for name, call in providers.items():
@@ -32,7 +38,9 @@ def interleave(providers: Mapping[str, Callable[[], object]], *, rounds: int, wa
 
 
 def summarise(times: Mapping[str, list[float]], baseline: str) -> dict[str, dict[str, float]]:
-    """Median, minimum, maximum (seconds), and the speed-up over ``baseline`` as the median of the rounds' ratios."""
+    """Median, minimum, maximum (seconds), and the speed-up over ``baseline`` as the median of the rounds'
+    ratios.
+    """
     rows = {}
     for name, values in times.items():
         ratios = [b / v for b, v in zip(times[baseline], values, strict=True)]
@@ -59,7 +67,9 @@ def save(claim: str, results: Mapping[str, Any]) -> Path:
 
 
 def table(rows: Mapping[str, Mapping[str, float]], unit: Mapping[str, float] | None = None) -> str:
-    """Plain text: provider, median with range, speed-up with range; ``unit`` adds items per second (items per call)."""
+    """Plain text: provider, median with range, speed-up with range; ``unit`` adds items per second (items per
+    call).
+    """
     lines = [f"{'provider':28} {'median s':>9} {'min-max':>17} {'speed-up':>9} {'min-max':>13}"]
     for name, row in rows.items():
         text = (

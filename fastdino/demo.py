@@ -1,7 +1,8 @@
-"""``python -m fastdino.demo``: draw a data set, pretrain a small ViT on it with DINO, and show what it learned.
+"""``python -m fastdino.demo``: draw a data set, pretrain a small ViT on it with DINO, and show what it
+learned.
 
-Nothing is downloaded and no label is used for training; labels and object masks only measure the result on held-out images.
-"""
+Nothing is downloaded and no label is used for training; labels and object masks only measure the result on
+held-out images. """
 
 from __future__ import annotations
 
@@ -26,16 +27,19 @@ def _baseline_backbone(config: Config) -> Any:
 def run(out: Path, **flags: Any) -> dict[str, Any]:
     """Draw the images (once), train, measure and report in ``out``; returns the figures of the closing table.
 
-    ``flags`` override the preset ``demo``. Figures are percentages on the held-out images: ``knn`` maps
-    raw pixels, untrained and trained to top-1 by number of neighbours, ``jaccard`` untrained and trained to the overlap of the
-    best head's attention mask with the object.
-    """
+    ``flags`` override the preset ``demo``. Figures are percentages on the held-out images: ``knn`` maps raw
+    pixels, untrained and trained to top-1 by number of neighbours, ``jaccard`` untrained and trained to the
+    overlap of the best head's attention mask with the object. """
     from fastdino.data.demo import write_demo
 
     started = time.monotonic()
     images = write_demo(out / "images", num_threads=2)
     config = config_from_flags(
-        preset="demo", data_path=str(images / "train"), eval_data_path=str(images / "val"), output_dir=str(out), **flags
+        preset="demo",
+        data_path=str(images / "train"),
+        eval_data_path=str(images / "val"),
+        output_dir=str(out),
+        **flags,
     )
 
     from fastdino.engine.logs import append_line, keep_lines
@@ -54,7 +58,9 @@ def run(out: Path, **flags: Any) -> dict[str, Any]:
     }
     log = out / "eval.jsonl"
     keep_lines(log, lambda record: "jaccard" not in record)
-    append_line(log, {"step": trainer.step, "epoch": trainer.step // trainer.steps_per_epoch, "jaccard": scores})
+    append_line(
+        log, {"step": trainer.step, "epoch": trainer.step // trainer.steps_per_epoch, "jaccard": scores}
+    )
     report = write_report(out, backbone=trained, image_paths=trainer.monitor.pictures(8), device=device)
     return {
         "knn": _knn_figures(log),
@@ -85,7 +91,11 @@ def show(figures: dict[str, Any]) -> None:
     for k in ks:
         table.add_column(f"k-NN top-1, k={k}", justify="right")
     table.add_column("attention-mask Jaccard", justify="right")
-    for key, label in (("raw_pixels", "raw pixels"), ("untrained", "ViT, untrained"), ("trained", "ViT, DINO teacher")):
+    for key, label in (
+        ("raw_pixels", "raw pixels"),
+        ("untrained", "ViT, untrained"),
+        ("trained", "ViT, DINO teacher"),
+    ):
         overlap = figures["jaccard"].get(key)
         style = "bold green" if key == "trained" else ""
         scores = [f"{figures['knn'][key][k]:.1f} %" for k in ks]
@@ -93,14 +103,19 @@ def show(figures: dict[str, Any]) -> None:
     console = Console(soft_wrap=True)
     console.print(table)
     minutes, seconds = divmod(round(figures["seconds"]), 60)
-    console.print(f"{figures['steps']} steps on {figures['images']} images; {minutes} min {seconds} s in all", highlight=False)
+    console.print(
+        f"{figures['steps']} steps on {figures['images']} images; {minutes} min {seconds} s in all",
+        highlight=False,
+    )
     console.print(f"report: {figures['report']}", markup=False, highlight=False)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, prog="python -m fastdino.demo")
     parser.add_argument("--output_dir", type=Path, default=Path("runs/demo"), help="default: runs/demo")
-    parser.add_argument("--seed", type=int, default=0, help="seed of weights, order and crops (the images stay the same)")
+    parser.add_argument(
+        "--seed", type=int, default=0, help="seed of weights, order and crops (the images stay the same)"
+    )
     args = parser.parse_args()
     show(run(args.output_dir, seed=args.seed))
 

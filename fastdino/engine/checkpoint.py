@@ -1,10 +1,10 @@
-"""Crash-safe checkpoints: a new directory each time, safetensors and JSON only, verified before a tensor is used.
+"""Crash-safe checkpoints: a new directory each time, safetensors and JSON only, verified before a tensor is
+used.
 
-A checkpoint ``<root>/step-00000123/`` holds ``model.safetensors``, ``optimizer.safetensors``, ``meta.json`` and, written
-last, ``manifest.json`` with the size and SHA-256 of the others. Everything is written to a hidden temporary directory,
-flushed to the disk and renamed, so a crash at any point leaves either the old set of checkpoints or the new one.
-No pickle is written or read.
-"""
+A checkpoint ``<root>/step-00000123/`` holds ``model.safetensors``, ``optimizer.safetensors``, ``meta.json``
+and, written last, ``manifest.json`` with the size and SHA-256 of the others. Everything is written to a
+hidden temporary directory, flushed to the disk and renamed, so a crash at any point leaves either the old set
+of checkpoints or the new one. No pickle is written or read."""
 
 from __future__ import annotations
 
@@ -22,7 +22,12 @@ from safetensors.torch import load as _tensors_from_bytes
 from safetensors.torch import save as _tensors_to_bytes
 
 FORMAT = 1
-_MODEL, _OPTIMIZER, _META, _MANIFEST = "model.safetensors", "optimizer.safetensors", "meta.json", "manifest.json"
+_MODEL, _OPTIMIZER, _META, _MANIFEST = (
+    "model.safetensors",
+    "optimizer.safetensors",
+    "meta.json",
+    "manifest.json",
+)
 _TEMPORARY = ".saving-"
 
 
@@ -90,10 +95,10 @@ def save(
 ) -> Path:
     """Write checkpoint ``step`` below ``root`` and return its directory.
 
-    ``model`` and ``optimizer`` map flat names to tensors of any device; ``meta`` is JSON-serialisable. An existing valid
-    checkpoint of the same step is left as it is, a damaged one is set aside under a ``damaged-`` name.
-    Raises OSError (with the path) when the disk fails; nothing then stands under a final name.
-    """
+    ``model`` and ``optimizer`` map flat names to tensors of any device; ``meta`` is JSON-serialisable. An
+    existing valid checkpoint of the same step is left as it is, a damaged one is set aside under a
+    ``damaged-`` name. Raises OSError (with the path) when the disk fails; nothing then stands under a final
+    name."""
     root, disk = Path(root), disk or Disk()
     target, temporary = root / f"step-{step:08d}", root / f"{_TEMPORARY}{step:08d}"
     if target.is_dir():
@@ -175,7 +180,9 @@ def read_meta(path: Path | str) -> dict[str, Any]:
 
 
 def load(path: Path | str) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor], dict[str, Any]]:
-    """``(model, optimizer, meta)`` of a checkpoint, on the CPU. Raises CheckpointError if anything is damaged."""
+    """``(model, optimizer, meta)`` of a checkpoint, on the CPU. Raises CheckpointError if anything is
+    damaged.
+    """
     contents = _read(Path(path))
     return (
         _tensors_from_bytes(contents[_MODEL]),
@@ -185,18 +192,24 @@ def load(path: Path | str) -> tuple[dict[str, torch.Tensor], dict[str, torch.Ten
 
 
 def latest(root: Path | str) -> Path | None:
-    """The newest checkpoint below ``root`` that verifies; damaged newer ones are passed over with a warning."""
+    """The newest checkpoint below ``root`` that verifies; damaged newer ones are passed over with a
+    warning.
+    """
     for path in checkpoints(root):
         try:
             verify(path)
             return path
         except CheckpointError as error:
-            warnings.warn(f"DAMAGED CHECKPOINT passed over, falling back to the one before it. {error}", stacklevel=2)
+            warnings.warn(
+                f"DAMAGED CHECKPOINT passed over, falling back to the one before it. {error}", stacklevel=2
+            )
     return None
 
 
 def prune(root: Path | str, *, keep_last: int = 2, disk: Disk | None = None) -> None:
-    """Remove checkpoints that are neither among the newest ``keep_last`` valid ones nor marked ``keep`` in their meta."""
+    """Remove checkpoints that are neither among the newest ``keep_last`` valid ones nor marked ``keep`` in
+    their meta.
+    """
     disk = disk or Disk()
     valid = 0
     for path in checkpoints(root):

@@ -1,4 +1,6 @@
-"""What a run tells: JSON lines for machines, a progress bar or plain lines for people, TensorBoard or W&B curves."""
+"""What a run tells: JSON lines for machines, a progress bar or plain lines for people, TensorBoard or W&B
+curves.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,15 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-_PACKAGES = ("torch", "triton", "xformers", "nvidia-dali-cuda130", "nvidia-dali-cuda120", "numpy", "safetensors")
+_PACKAGES = (
+    "torch",
+    "triton",
+    "xformers",
+    "nvidia-dali-cuda130",
+    "nvidia-dali-cuda120",
+    "numpy",
+    "safetensors",
+)
 
 
 def append_line(path: Path, record: Mapping[str, Any]) -> None:
@@ -48,7 +58,9 @@ def write_text(path: Path, text: str) -> None:
 
 
 def environment(world_size: int, device: torch.device) -> dict[str, Any]:
-    """Versions and hardware, for the report. Holds no environment variables and no command line: those may carry secrets."""
+    """Versions and hardware, for the report. Holds no environment variables and no command line: those may
+    carry secrets.
+    """
     versions = {}
     for package in _PACKAGES:
         try:
@@ -94,6 +106,7 @@ class Curves:
 
     def __init__(self, kind: str, directory: Path, config: Mapping[str, Any], purge_step: int):
         self.kind = kind
+        self.writer: Any = None
         if kind == "tensorboard":
             from torch.utils.tensorboard import SummaryWriter
 
@@ -101,7 +114,9 @@ class Curves:
         elif kind == "wandb":
             import wandb
 
-            self.writer = wandb.init(project="fastdino", dir=str(directory), config=dict(config), resume="allow")
+            self.writer = wandb.init(
+                project="fastdino", dir=str(directory), config=dict(config), resume="allow"
+            )
 
     def add(self, scalars: Mapping[str, float], step: int) -> None:
         if self.kind == "tensorboard":
@@ -122,7 +137,12 @@ class Screen:
 
     def __init__(self, total: int, start: int, enabled: bool):
         self.console = Console(quiet=not enabled, soft_wrap=True, highlight=False)
-        self.live, self.total, self.started, self.first = self.console.is_terminal and enabled, total, time.monotonic(), start
+        self.live, self.total, self.started, self.first = (
+            self.console.is_terminal and enabled,
+            total,
+            time.monotonic(),
+            start,
+        )
         self.progress = Progress(
             TextColumn("epoch {task.fields[epoch]}"),
             BarColumn(bar_width=24),

@@ -1,4 +1,6 @@
-"""What a run looks at while it trains: k-NN accuracy of the teacher on held-out images, and pictures for the report."""
+"""What a run looks at while it trains: k-NN accuracy of the teacher on held-out images, and pictures for the
+report.
+"""
 
 from __future__ import annotations
 
@@ -33,12 +35,14 @@ class Monitor:
         queries = build_manifest(str(root / "val")) if pair else build_manifest(str(root))
         if bank.labels is None or queries.labels is None:
             raise ValueError(
-                f"--eval_data_path {root}: k-NN needs class folders for both the queries and the memory bank, "
+                f"--eval_data_path {root}: k-NN needs class folders for queries and memory bank, "
                 f"but {'the memory bank' if bank.labels is None else 'the query folder'} has no labels"
             )
         unknown = sorted(set(queries.class_names) - set(bank.class_names))
         if unknown:
-            raise ValueError(f"--eval_data_path {root}: classes {unknown[:5]} have no images in the memory bank")
+            raise ValueError(
+                f"--eval_data_path {root}: classes {unknown[:5]} have no images in the memory bank"
+            )
         chosen = np.arange(len(bank))
         if len(bank) > config.eval_bank_size:
             chosen = np.sort(np.random.default_rng(0).permutation(len(bank))[: config.eval_bank_size])

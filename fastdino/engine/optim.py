@@ -1,4 +1,5 @@
-"""The update: unscale, per-tensor clip, optimizer step and teacher EMA behind one call, and its state by parameter name.
+"""The update: unscale, per-tensor clip, optimizer step and teacher EMA behind one call, and its state by
+parameter name.
 
 AdamW goes through the fused ``AdamWEMA``; SGD and LARS use their own step followed by the multi-tensor EMA.
 A step whose gradients are not finite changes nothing.
@@ -19,8 +20,11 @@ from fastdino.engine.schedules import Hyper
 
 
 def parameter_groups(module: nn.Module) -> list[dict]:
-    """Two groups: decayed tensors, then biases and 1-D tensors without decay (official ``get_params_groups``)."""
-    decayed, plain = [], []
+    """Two groups: decayed tensors, then biases and 1-D tensors without decay (official
+    ``get_params_groups``).
+    """
+    decayed: list[nn.Parameter] = []
+    plain: list[nn.Parameter] = []
     for name, parameter in module.named_parameters():
         if parameter.requires_grad:
             (plain if name.endswith(".bias") or parameter.ndim == 1 else decayed).append(parameter)
@@ -28,7 +32,9 @@ def parameter_groups(module: nn.Module) -> list[dict]:
 
 
 class Update(NamedTuple):
-    """What an update did: ``skipped`` when a gradient was not finite, ``grad_norms`` [tensors] before clipping."""
+    """What an update did: ``skipped`` when a gradient was not finite, ``grad_norms`` [tensors] before
+    clipping.
+    """
 
     skipped: bool
     grad_norms: Tensor
@@ -66,7 +72,9 @@ class Updater:
         self.optimizer.zero_grad(set_to_none=True)
 
     def step(self, hyper: Hyper, *, grad_scale: float = 1.0, skip: bool = False) -> Update:
-        """Apply the gradients (divided by ``grad_scale``) and move the teacher; with ``skip`` or a non-finite gradient, nothing."""
+        """Apply the gradients (divided by ``grad_scale``) and move the teacher; with ``skip`` or a non-finite
+        gradient, nothing.
+        """
         for index, group in enumerate(self.optimizer.param_groups):
             group["lr"] = hyper.lr
             group["weight_decay"] = hyper.weight_decay if index == 0 else 0.0
@@ -87,7 +95,9 @@ class Updater:
         return Update(False, norms)
 
     def state(self) -> dict[str, Tensor]:
-        """Optimizer state as flat names: ``exp_avg.<parameter>``, ``exp_avg_sq.<parameter>``, ``step.<parameter>``, ..."""
+        """Optimizer state as flat names: ``exp_avg.<parameter>``, ``exp_avg_sq.<parameter>``,
+        ``step.<parameter>``, ...
+        """
         return {
             f"{key}.{self.names[parameter]}": value  # type: ignore[index]
             for parameter, entry in self.optimizer.state.items()
@@ -96,12 +106,13 @@ class Updater:
         }
 
     def load_state(self, state: Mapping[str, Tensor]) -> None:
-        """Inverse of :meth:`state`; a parameter without entries starts afresh (a last layer that was frozen so far).
+        """Inverse of :meth:`state`; a parameter without entries starts afresh (a last layer that was frozen
+        so far).
 
         Raises KeyError for entries of unknown parameters and ValueError for a shape that does not fit.
         """
         by_name = {self.names[p]: p for p in self.parameters()}
-        entries: dict[nn.Parameter, dict[str, Tensor]] = {}
+        entries: dict[Tensor, dict[str, Tensor]] = {}
         for flat, value in state.items():
             key, _, name = flat.partition(".")
             if name not in by_name:
@@ -109,9 +120,12 @@ class Updater:
             parameter = by_name[name]
             if value.ndim and value.shape != parameter.shape:
                 raise ValueError(
-                    f"optimizer state {flat}: expected shape {tuple(parameter.shape)}, got {tuple(value.shape)}"
+                    f"optimizer state {flat}: expected shape {tuple(parameter.shape)}, "
+                    f"got {tuple(value.shape)}"
                 )
             # torch keeps AdamW's step counts on the CPU, moments beside their parameters
-            entries.setdefault(parameter, {})[key] = value.clone() if value.ndim == 0 else value.to(parameter.device, copy=True)
+            entries.setdefault(parameter, {})[key] = (
+                value.clone() if value.ndim == 0 else value.to(parameter.device, copy=True)
+            )
         self.optimizer.state.clear()
         self.optimizer.state.update(entries)

@@ -10,7 +10,9 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
-_BUCKET = 8 * 1024 * 1024  # elements per all-reduce: large enough for bandwidth, small enough to bound the copy
+_BUCKET = (
+    8 * 1024 * 1024
+)  # elements per all-reduce: large enough for bandwidth, small enough to bound the copy
 
 
 @dataclass(frozen=True)
@@ -42,7 +44,9 @@ def start(device: str = "auto") -> World:
 
 
 def stop() -> None:
-    """Leave the process group; the barrier keeps a fast process from tearing down a slow one's connections."""
+    """Leave the process group; the barrier keeps a fast process from tearing down a slow one's
+    connections.
+    """
     if dist.is_initialized():
         dist.barrier()
         dist.destroy_process_group()

@@ -1,8 +1,7 @@
 """Schedules as pure functions of the optimizer step: nothing to save, nothing to rebuild on resume.
 
-They reproduce the official ``cosine_scheduler`` (linear warm-up from 0, both ends of the warm-up included, then a half
-cosine) and the per-epoch teacher temperature of the official ``DINOLoss``.
-"""
+They reproduce the official ``cosine_scheduler`` (linear warm-up from 0, both ends of the warm-up included,
+then a half cosine) and the per-epoch teacher temperature of the official ``DINOLoss``."""
 
 from __future__ import annotations
 
@@ -13,7 +12,8 @@ from fastdino.config import Config
 
 
 def cosine(step: int, *, base: float, final: float, total: int, warmup: int = 0) -> float:
-    """Value at ``step`` of a linear warm-up from 0 to ``base`` over ``warmup`` steps followed by a cosine to ``final``.
+    """Value at ``step`` of a linear warm-up from 0 to ``base`` over ``warmup`` steps followed by a cosine to
+    ``final``.
 
     Steps at or beyond ``total`` give the value of the last scheduled step.
     """
@@ -24,7 +24,9 @@ def cosine(step: int, *, base: float, final: float, total: int, warmup: int = 0)
 
 
 def teacher_temperature(epoch: int, *, warmup_value: float, value: float, warmup_epochs: int) -> float:
-    """Teacher temperature of ``epoch``: linear from ``warmup_value`` to ``value`` over ``warmup_epochs``, then constant."""
+    """Teacher temperature of ``epoch``: linear from ``warmup_value`` to ``value`` over ``warmup_epochs``,
+    then constant.
+    """
     if epoch >= warmup_epochs:
         return value
     if warmup_epochs == 1:

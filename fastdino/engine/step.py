@@ -1,8 +1,8 @@
 """One optimizer step: forward and backward of every micro-batch, one reduction over processes, one update.
 
-EMA, center and schedules move once per optimizer step, however many micro-batches it accumulates. A step with a loss,
-center or gradient that is not finite on any process changes no byte of student, teacher, center or optimizer anywhere.
-"""
+EMA, center and schedules move once per optimizer step, however many micro-batches it accumulates. A step with
+a loss, center or gradient that is not finite on any process changes no byte of student, teacher, center or
+optimizer anywhere."""
 
 from __future__ import annotations
 
@@ -22,7 +22,9 @@ from fastdino.methods.dino import DINO
 
 @dataclass
 class Scaler:
-    """Dynamic loss scaling for fp16 (growth 2 after 2000 good steps, halved by a bad one, as torch.amp.GradScaler)."""
+    """Dynamic loss scaling for fp16 (growth 2 after 2000 good steps, halved by a bad one, as
+    torch.amp.GradScaler).
+    """
 
     enabled: bool
     scale: float = 2.0**16
@@ -41,7 +43,9 @@ class Scaler:
 
 @dataclass
 class StepResult:
-    """Means over the global batch, in nats; ``stop`` is true when any process asked to stop; seconds per phase."""
+    """Means over the global batch, in nats; ``stop`` is true when any process asked to stop; seconds per
+    phase.
+    """
 
     loss: float
     teacher_entropy: float
@@ -52,7 +56,9 @@ class StepResult:
 
 
 class Clock:
-    """Seconds per phase of a step; ``exact`` waits for a GPU at each phase's end, so only some steps should be exact."""
+    """Seconds per phase of a step; ``exact`` waits for a GPU at each phase's end, so only some steps should
+    be exact.
+    """
 
     def __init__(self, device: torch.device, exact: bool = True):
         self.wait = exact and device.type == "cuda"
@@ -79,7 +85,8 @@ def train_step(
     stop: bool = False,
     clock: Clock | None = None,
 ) -> StepResult:
-    """Train on the next ``accumulate`` of ``batches`` (this process's part of the global batch); move teacher and center once.
+    """Train on the next ``accumulate`` of ``batches`` (this process's part of the global batch); move teacher
+    and center once.
 
     ``dtype`` is the compute type: GEMMs run in it, parameters, statistics and the update stay in fp32.
     """
@@ -87,7 +94,9 @@ def train_step(
     clock = clock or Clock(device)
     share = 1.0 / accumulate
     updater.zero_grad()
-    sums = torch.zeros(method.center.numel() + 4, device=device)  # [batch center (K), loss, entropy, KL, stop]
+    sums = torch.zeros(
+        method.center.numel() + 4, device=device
+    )  # [batch center (K), loss, entropy, KL, stop]
     for _ in range(accumulate):
         crops = next(batches)
         clock.lap("data")
@@ -118,5 +127,7 @@ def train_step(
 
 def _row(center: Tensor, *scalars: Tensor) -> Tensor:
     """``[center, scalars..., 0]`` in fp32."""
-    tail = torch.stack([s.detach().float() for s in scalars] + [scalars[0].new_zeros((), dtype=torch.float32)])
+    tail = torch.stack(
+        [s.detach().float() for s in scalars] + [scalars[0].new_zeros((), dtype=torch.float32)]
+    )
     return torch.cat([center.float(), tail])

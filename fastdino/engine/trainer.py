@@ -1,12 +1,14 @@
-"""The run: data, model and optimizer are built once, then steps, checkpoints, evaluations and the report follow.
+"""The run: data, model and optimizer are built once, then steps, checkpoints, evaluations and the report
+follow.
 
-Order of construction is the order in which a user's mistakes show: flags, output directory, data, only then the model.
-"""
+Order of construction is the order in which a user's mistakes show: flags, output directory, data, only then
+the model."""
 
 from __future__ import annotations
 
 import dataclasses
 import hashlib
+import json
 import math
 import os
 import signal
@@ -20,17 +22,17 @@ from typing import Any
 
 import torch
 
-from fastdino.config import Config, config_from_dict, config_to_dict, config_to_yaml
+from fastdino.config import Config, config_to_dict, config_to_yaml, split_batch
 from fastdino.data.loader import MultiCropLoader
 from fastdino.data.manifest import Manifest, build_manifest
 from fastdino.data.prescan import prescan
 from fastdino.data.preview import contact_sheet
 from fastdino.engine import checkpoint, parallel
 from fastdino.engine.logs import Curves, Screen, append_line, environment, keep_lines, write_text
+from fastdino.engine.monitor import Monitor
 from fastdino.engine.optim import Updater
 from fastdino.engine.schedules import Schedule
 from fastdino.engine.step import Clock, Scaler, StepResult, train_step
-from fastdino.engine.monitor import Monitor
 from fastdino.methods.dino import DINO
 from fastdino.report import write_report
 
@@ -51,22 +53,6 @@ def compute_dtype(config: Config, device: torch.device) -> torch.dtype:
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16
     return torch.bfloat16 if torch.cpu._is_avx512_bf16_supported() else torch.float32
-
-
-def split_batch(config: Config, world_size: int) -> tuple[int, int, int]:
-    """``(global batch, micro-batch per process, micro-batches per step)``. Raises ValueError when they do not divide."""
-    per_process = config.optim.batch_size_per_gpu
-    total = config.optim.batch_size or per_process * world_size
-    if total % world_size:
-        raise ValueError(f"--batch_size: {total} images cannot be shared equally by {world_size} processes")
-    share = total // world_size
-    micro = min(per_process, share)
-    if share % micro:
-        raise ValueError(
-            f"--batch_size: {total} images over {world_size} processes are {share} each, "
-            f"which is not a multiple of --batch_size_per_gpu {per_process}"
-        )
-    return total, micro, share // micro
 
 
 class Trainer:
@@ -93,10 +79,12 @@ class Trainer:
         self.scaler = Scaler(enabled=self.dtype == torch.float16)
         self.step = 0
         self.counters = {"bad_steps": 0, "bad_in_a_row": 0}
-        self.sums: dict[str, float] = {}  # over the good steps of this epoch: loss, teacher_entropy, kl; and their number
+        self.sums: dict[
+            str, float
+        ] = {}  # over the good steps of this epoch: loss, teacher_entropy, kl; and their number
         self._resume()
 
-    # -- construction ------------------------------------------------------------------------------------------------
+    # -- construction ----------------------------------------------------------------------------------------
 
     def _open_data(self) -> Manifest:
         """The manifest without bad files; rank 0 scans, the others read its result."""
@@ -107,12 +95,15 @@ class Trainer:
         if data.prescan == "on" or (data.prescan == "auto" and len(manifest) <= 200_000):
             if not self.world.main:
                 parallel.barrier()
-            manifest = prescan(manifest, Path(run.output_dir), num_threads=self._data_threads(), progress=self.world.main)
+            manifest = prescan(
+                manifest, Path(run.output_dir), num_threads=self._data_threads(), progress=self.world.main
+            )
             if self.world.main:
                 parallel.barrier()
         if len(manifest) < self.global_batch:
             raise ValueError(
-                f"--data_path {data.data_path}: {len(manifest)} usable images, fewer than one global batch of {self.global_batch}"
+                f"--data_path {data.data_path}: {len(manifest)} usable images, "
+                f"fewer than one global batch of {self.global_batch}"
             )
         return manifest
 
@@ -125,7 +116,9 @@ class Trainer:
         if self.world.size == 1 or not self.config.model.use_bn_in_head:
             return
         if self.world.device.type != "cuda":
-            raise ValueError("--use_bn_in_head: several processes need GPUs (synchronised batch norm has no CPU form)")
+            raise ValueError(
+                "--use_bn_in_head: several processes need GPUs (synchronised batch norm has no CPU form)"
+            )
         self.method = torch.nn.SyncBatchNorm.convert_sync_batchnorm(self.method)
 
     @property
@@ -150,24 +143,35 @@ class Trainer:
         if wanted == "none":
             found = None
         elif wanted == "auto":
-            found = parallel.broadcast_object(checkpoint.latest(self.checkpoints) if self.world.main else None)
+            found = parallel.broadcast_object(
+                checkpoint.latest(self.checkpoints) if self.world.main else None
+            )
         else:
             found = Path(wanted)
             if checkpoint.step_of(found) < 0:
-                found = checkpoint.latest(found / "checkpoints" if (found / "checkpoints").is_dir() else found)
+                found = checkpoint.latest(
+                    found / "checkpoints" if (found / "checkpoints").is_dir() else found
+                )
             if found is None:
                 raise checkpoint.CheckpointError(f"--resume {wanted}: no valid checkpoint there")
         if found is not None:
             self.restore(found)  # type: ignore[arg-type]
 
     def restore(self, path: Path) -> None:
-        """Continue from a checkpoint. Raises CheckpointError naming every difference if it belongs to another run."""
+        """Continue from a checkpoint. Raises CheckpointError naming every difference if it belongs to another
+        run.
+        """
         model, optimizer, meta = checkpoint.load(path)
-        ours, theirs = self._identity(), meta["identity"]
-        different = [f"{k}: checkpoint {theirs.get(k)!r}, now {ours.get(k)!r}" for k in ours if ours[k] != theirs.get(k)]
+        ours, theirs = json.loads(json.dumps(self._identity())), meta["identity"]
+        different = [
+            f"{k}: checkpoint {theirs.get(k)!r}, now {ours.get(k)!r}"
+            for k in ours
+            if ours[k] != theirs.get(k)
+        ]
         if different:
             raise checkpoint.CheckpointError(
-                f"{path} belongs to another run; use another --output_dir or --resume none.\n  " + "\n  ".join(different)
+                f"{path} belongs to another run; use another --output_dir or --resume none.\n  "
+                + "\n  ".join(different)
             )
         self.method.load_state_dict(model)
         self.updater.load_state(optimizer)
@@ -175,10 +179,12 @@ class Trainer:
         self.scaler.scale, self.scaler.good_steps = meta["scaler"]["scale"], meta["scaler"]["good_steps"]
         self.resumed_from: Path | None = path
 
-    # -- the loop ----------------------------------------------------------------------------------------------------
+    # -- the loop --------------------------------------------------------------------------------------------
 
     def fit(self) -> Path:
-        """Train to the end and return the run directory. Raises Stopped (exit code 143, 130 or 1) when it ends early."""
+        """Train to the end and return the run directory. Raises Stopped (exit code 143, 130 or 1) when it
+        ends early.
+        """
         run = self.config.run
         loader = MultiCropLoader(
             self.manifest,
@@ -197,7 +203,9 @@ class Trainer:
         screen = Screen(self.total_steps, self.step, enabled=self.world.main)
         with loader, _signals(self._on_signal):
             self._prepare_output(screen)
-            curves = Curves(run.log if self.world.main else "none", self.output, config_to_dict(self.config), self.step)
+            curves = Curves(
+                run.logger if self.world.main else "none", self.output, config_to_dict(self.config), self.step
+            )
             if self.step == 0:
                 self._evaluate(screen, curves, baseline=True)
             try:
@@ -216,7 +224,8 @@ class Trainer:
         while self.step < self.total_steps:
             hyper, epoch = self.schedule(self.step), self.step // self.steps_per_epoch
             reporting = (self.step + 1) % run.log_every == 0
-            # stochastic depth draws from a generator that is a function of (seed, step, rank): nothing to save
+            # stochastic depth draws from a generator that is a function of (seed, step, rank): nothing to
+            # save
             torch.manual_seed((run.seed * 1_000_003 + self.step) * 65_537 + self.world.rank)
             result = train_step(
                 self.method,
@@ -273,13 +282,17 @@ class Trainer:
             return  # fp16 gradients overflowed: the loss scale was halved, the run is healthy
         self.counters["bad_steps"] += 1
         self.counters["bad_in_a_row"] += 1
-        screen.say(f"step {self.step}: loss {result.loss} or a gradient is not finite; the step was skipped, nothing changed")
+        screen.say(
+            f"step {self.step}: loss {result.loss} or a gradient is not finite; "
+            "the step was skipped, nothing changed"
+        )
         if self.counters["bad_in_a_row"] >= self.config.optim.max_bad_steps:
             self.counters["bad_in_a_row"] = 0
             self._save(keep=True)
             screen.say(
-                f"--max_bad_steps: {self.config.optim.max_bad_steps} bad steps in a row, the run stops. The checkpoint holds the last "
-                "good state. Likely causes: --lr too high, --precision fp16 (try bf16 or fp32), --clip_grad 0, broken images."
+                f"--max_bad_steps: {self.config.optim.max_bad_steps} bad steps in a row, the run stops. "
+                "The checkpoint holds the last good state. Likely causes: --lr too high, --precision fp16 "
+                "(try bf16 or fp32), --clip_grad 0, broken images."
             )
             raise Stopped(1)
 
@@ -296,33 +309,42 @@ class Trainer:
             highest = math.log(self.config.model.out_dim)
             if mean["teacher_entropy"] < 0.01 * highest:
                 screen.say(
-                    f"WARNING: COLLAPSE to one prototype: teacher entropy {mean['teacher_entropy']:.3f} is within 1 % of 0. Likely causes: "
+                    f"WARNING: COLLAPSE to one prototype: teacher entropy {mean['teacher_entropy']:.3f} is "
+                    "within 1 % of 0. Likely causes: "
                     "--teacher_temp too low, or --center_momentum too close to 1 (the center lags behind)."
                 )
             elif mean["teacher_entropy"] > 0.99 * highest:
                 screen.say(
-                    f"WARNING: COLLAPSE to the uniform distribution: teacher entropy {mean['teacher_entropy']:.3f} is within 1 % of "
-                    f"ln K = {highest:.3f}. Likely causes: --teacher_temp or --warmup_teacher_temp too high, or --lr too low to have moved yet."
+                    f"WARNING: COLLAPSE to the uniform distribution: teacher entropy "
+                    f"{mean['teacher_entropy']:.3f} is within 1 % of ln K = {highest:.3f}. Likely causes: "
+                    "--teacher_temp or --warmup_teacher_temp too high, or --lr too low to have moved yet."
                 )
         self.sums = {}
 
-    # -- output ------------------------------------------------------------------------------------------------------
+    # -- output ----------------------------------------------------------------------------------------------
 
     def _prepare_output(self, screen: Screen) -> None:
         if not self.world.main:
             return
-        for name, key, limit in (("metrics.jsonl", "step", self.step), ("eval.jsonl", "step", self.step)):
-            keep_lines(self.output / name, lambda r, key=key, limit=limit: self.step > 0 and r[key] <= limit)
+        for name in ("metrics.jsonl", "eval.jsonl"):
+            keep_lines(self.output / name, lambda r: 0 < self.step >= r["step"])
         keep_lines(self.output / "log.txt", lambda r: r["epoch"] < self.step // self.steps_per_epoch)
         write_text(self.output / "config.yaml", config_to_yaml(self.config))
-        facts = environment(self.world.size, self.world.device) | {"precision": str(self.dtype).removeprefix("torch.")}
-        facts |= {"images": len(self.manifest), "global_batch": self.global_batch, "steps_per_epoch": self.steps_per_epoch}
+        facts = environment(self.world.size, self.world.device) | {
+            "precision": str(self.dtype).removeprefix("torch.")
+        }
+        facts |= {
+            "images": len(self.manifest),
+            "global_batch": self.global_batch,
+            "steps_per_epoch": self.steps_per_epoch,
+        }
         write_text(self.output / "environment.json", checkpoint._canonical(facts).decode())
         contact_sheet(self.manifest, self.config.crops, self.config.run.seed, 6, self.output / "crops.png")
         parameters = sum(p.numel() for p in self.method.student.parameters())
         screen.say(
-            f"{len(self.manifest)} images, {parameters / 1e6:.1f} M parameters, global batch {self.global_batch} = {self.world.size} "
-            f"process(es) x {self.accumulate} x {self.micro_batch}, {self.total_steps} steps in {facts['precision']} on {facts['device']}"
+            f"{len(self.manifest)} images, {parameters / 1e6:.1f} M parameters, global batch "
+            f"{self.global_batch} = {self.world.size} process(es) x {self.accumulate} x {self.micro_batch}, "
+            f"{self.total_steps} steps in {facts['precision']} on {facts['device']}"
         )
         if self.step:
             screen.say(f"continuing after step {self.step} from {self.resumed_from}")
@@ -345,10 +367,16 @@ class Trainer:
         parallel.barrier()
 
     def _evaluate(self, screen: Screen, curves: Curves, *, baseline: bool = False) -> None:
-        """k-NN of the teacher on rank 0; ``baseline`` adds raw pixels (the teacher is then the untrained network)."""
+        """k-NN of the teacher on rank 0; ``baseline`` adds raw pixels (the teacher is then the untrained
+        network).
+        """
         if self.world.main and self.monitor.active:
             scores = self.monitor.knn(self.method.teacher.backbone)
-            record: dict[str, Any] = {"step": self.step, "epoch": self.step // self.steps_per_epoch, "knn": scores}
+            record: dict[str, Any] = {
+                "step": self.step,
+                "epoch": self.step // self.steps_per_epoch,
+                "knn": scores,
+            }
             if baseline:
                 record |= {"untrained": scores, "raw_pixels": self.monitor.raw_pixels()}
             append_line(self.output / "eval.jsonl", record)
@@ -410,6 +438,3 @@ def _line(record: dict[str, Any]) -> str:
         f"loss {record['loss']:.4f} lr {record['lr']:.2e} entropy {record['teacher_entropy']:.3f} "
         f"KL {record['kl']:.3f} {record['img_s']:.0f} img/s"
     )
-
-
-__all__ = ["Stopped", "Trainer", "compute_dtype", "config_from_dict", "split_batch"]

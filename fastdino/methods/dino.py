@@ -1,6 +1,6 @@
-"""DINO: student and teacher of one architecture, cross-entropy between the teacher's centered, sharpened softmax and the
-student's softmax over all pairs of different views ("Emerging Properties in Self-Supervised Vision Transformers", Algorithm 1).
-"""
+"""DINO: student and teacher of one architecture, cross-entropy between the teacher's centered, sharpened
+softmax and the student's softmax over all pairs of different views ("Emerging Properties in Self-Supervised
+Vision Transformers", Algorithm 1). """
 
 from __future__ import annotations
 
@@ -15,7 +15,9 @@ from fastdino.models import build_student_teacher
 
 
 class LossOutput(NamedTuple):
-    """``loss`` (0-dim, differentiable), ``batch_center`` [K], and the detached 0-dim ``teacher_entropy`` and ``kl``, in nats."""
+    """``loss`` (0-dim, differentiable), ``batch_center`` [K], and the detached 0-dim ``teacher_entropy`` and
+    ``kl``, in nats.
+    """
 
     loss: Tensor
     batch_center: Tensor
@@ -26,9 +28,8 @@ class LossOutput(NamedTuple):
 class DINO(nn.Module):
     """Student, teacher and center; knows nothing of optimizers and loops.
 
-    The teacher stays in training mode as in the official code: batch normalisation in its head, if any, uses batch
-    statistics, and it has no stochastic depth.
-    """
+    The teacher stays in training mode as in the official code: batch normalisation in its head, if any, uses
+    batch statistics, and it has no stochastic depth. """
 
     center: Tensor
 
@@ -40,12 +41,17 @@ class DINO(nn.Module):
         self.register_buffer("center", torch.zeros(config.model.out_dim))
 
     def forward(
-        self, global_crops: Tensor, local_crops: Tensor | None, *, teacher_temp: float, freeze_last_layer: bool
+        self,
+        global_crops: Tensor,
+        local_crops: Tensor | None,
+        *,
+        teacher_temp: float,
+        freeze_last_layer: bool,
     ) -> LossOutput:
         """Loss of ``global_crops`` [2B, C, H, W] and ``local_crops`` [N*B, C, h, w], both view-major.
 
-        While the last layer is frozen its gradient is not even computed: no gradient means no optimizer step for it.
-        """
+        While the last layer is frozen its gradient is not even computed: no gradient means no optimizer step
+        for it. """
         with torch.no_grad():
             teacher_z = self.teacher([global_crops])  # [2B, D]
             teacher_weight = self.teacher.head.weight()  # [K, D]

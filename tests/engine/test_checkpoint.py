@@ -95,7 +95,12 @@ def test_every_damage_is_detected_and_the_older_checkpoint_is_used(tmp_path):
     for file in sorted(newest.iterdir()):
         original = file.read_bytes()
         positions = torch.randint(len(original) * 8, (40,), generator=generator).tolist()
-        damaged = [_flip(original, bit) for bit in positions] + [original[:-1], original[: len(original) // 2], b"", original + b" "]
+        damaged = [_flip(original, bit) for bit in positions] + [
+            original[:-1],
+            original[: len(original) // 2],
+            b"",
+            original + b" ",
+        ]
         for data in damaged:
             file.write_bytes(data)
             with pytest.raises(CheckpointError, match=file.name):

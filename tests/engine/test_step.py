@@ -54,7 +54,15 @@ def build(config: Config) -> tuple[DINO, Updater]:
 def run(method, updater, config, source, steps, *, steps_per_epoch=5, accumulate=1):
     schedule = Schedule(config, steps_per_epoch, B * accumulate)
     return [
-        train_step(method, updater, source, schedule(s), accumulate=accumulate, dtype=torch.float32, scaler=Scaler(False))
+        train_step(
+            method,
+            updater,
+            source,
+            schedule(s),
+            accumulate=accumulate,
+            dtype=torch.float32,
+            scaler=Scaler(False),
+        )
         for s in range(steps)
     ]
 
@@ -68,7 +76,9 @@ def digest(method: DINO, updater: Updater) -> str:
 
 
 def paper_loop(method: DINO, config: Config, source, steps: int, steps_per_epoch: int) -> list[float]:
-    """Algorithm 1 with multi-crop, official schedules, per-tensor clipping and last-layer freeze, one view pair at a time."""
+    """Algorithm 1 with multi-crop, official schedules, per-tensor clipping and last-layer freeze, one view
+    pair at a time.
+    """
     student, teacher, center = method.student, method.teacher, torch.zeros(1, K)
     optimizer = torch.optim.AdamW(parameter_groups(student), lr=0.0)
     total, warm = config.optim.epochs * steps_per_epoch, config.optim.warmup_epochs * steps_per_epoch
@@ -77,7 +87,11 @@ def paper_loop(method: DINO, config: Config, source, steps: int, steps_per_epoch
     losses = []
     for it in range(steps):
         epoch = it // steps_per_epoch
-        lr = np.linspace(0, peak, warm)[it] if it < warm else half_cosine(peak, config.optim.min_lr, it - warm, total - warm)
+        lr = (
+            np.linspace(0, peak, warm)[it]
+            if it < warm
+            else half_cosine(peak, config.optim.min_lr, it - warm, total - warm)
+        )
         decay = half_cosine(config.optim.weight_decay, config.optim.weight_decay_end, it, total)
         momentum = half_cosine(config.loss.momentum_teacher, 1.0, it, total)
         temp = ([0.04, 0.07] + [0.07] * 10)[epoch]
@@ -117,7 +131,9 @@ def paper_loop(method: DINO, config: Config, source, steps: int, steps_per_epoch
 
 
 def without_key_bias(name: str, tensor: torch.Tensor) -> torch.Tensor:
-    """The gradient of the keys' bias is exactly zero (softmax is shift invariant); AdamW turns its rounding noise into steps."""
+    """The gradient of the keys' bias is exactly zero (softmax is shift invariant); AdamW turns its rounding
+    noise into steps.
+    """
     if name.endswith("qkv.bias"):
         d = tensor.numel() // 3
         return torch.cat([tensor[:d], tensor[2 * d :]])
@@ -135,7 +151,11 @@ def test_twenty_steps_equal_the_papers_loop():
     moved = 0.0
     for name, tensor in method.state_dict().items():
         torch.testing.assert_close(
-            without_key_bias(name, tensor), without_key_bias(name, expected[name]), rtol=1e-5, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}"
+            without_key_bias(name, tensor),
+            without_key_bias(name, expected[name]),
+            rtol=1e-5,
+            atol=1e-5,
+            msg=lambda m, n=name: f"{n}: {m}",
         )
     start, _ = build(config)
     for name, tensor in start.student.state_dict().items():
@@ -157,12 +177,17 @@ def test_accumulation_equals_one_large_batch_and_moves_the_teacher_once():
     kwargs = dict(dtype=torch.float32, scaler=Scaler(False))
     for s in range(8):
         one = train_step(whole, whole_updater, source, schedule(s), **kwargs)
-        two = train_step(parts, parts_updater, iter(halves[2 * s : 2 * s + 2]), schedule(s), accumulate=2, **kwargs)
+        two = train_step(
+            parts, parts_updater, iter(halves[2 * s : 2 * s + 2]), schedule(s), accumulate=2, **kwargs
+        )
         assert two.loss == pytest.approx(one.loss, rel=1e-5)
         assert two.teacher_entropy == pytest.approx(one.teacher_entropy, rel=1e-4)
     for name, tensor in parts.state_dict().items():
         torch.testing.assert_close(
-            without_key_bias(name, tensor), without_key_bias(name, whole.state_dict()[name]), rtol=1e-4, atol=2e-5
+            without_key_bias(name, tensor),
+            without_key_bias(name, whole.state_dict()[name]),
+            rtol=1e-4,
+            atol=2e-5,
         )
 
 
@@ -216,7 +241,10 @@ def test_state_round_trip_continues_bitwise(optimizer):
     kwargs = dict(dtype=torch.float32, scaler=Scaler(False))
     for s in range(4):
         train_step(method, updater, source, schedule(s), **kwargs)
-    saved = {k: v.clone() for k, v in method.state_dict().items()}, {k: v.clone() for k, v in updater.state().items()}
+    saved = (
+        {k: v.clone() for k, v in method.state_dict().items()},
+        {k: v.clone() for k, v in updater.state().items()},
+    )
     other, other_updater = build(config)
     other.load_state_dict(saved[0])
     other_updater.load_state(saved[1])
@@ -253,10 +281,15 @@ def test_scaled_step_equals_unscaled_step():
     for s in range(7):
         crops = list(itertools.islice(batches(s), 1))
         train_step(plain, plain_updater, iter(crops), schedule(s), dtype=torch.float32, scaler=Scaler(False))
-        train_step(scaled, scaled_updater, iter(crops), schedule(s), dtype=torch.float32, scaler=Scaler(True, 1024.0))
+        train_step(
+            scaled, scaled_updater, iter(crops), schedule(s), dtype=torch.float32, scaler=Scaler(True, 1024.0)
+        )
     for name, tensor in scaled.state_dict().items():
         torch.testing.assert_close(
-            without_key_bias(name, tensor), without_key_bias(name, plain.state_dict()[name]), rtol=1e-5, atol=1e-6
+            without_key_bias(name, tensor),
+            without_key_bias(name, plain.state_dict()[name]),
+            rtol=1e-5,
+            atol=1e-6,
         )
 
 
@@ -268,6 +301,8 @@ def test_bf16_stays_close_to_fp32():
     for s in range(5):
         crops = list(itertools.islice(batches(s), 1))
         a = train_step(method, updater, iter(crops), schedule(s), dtype=torch.float32, scaler=Scaler(False))
-        b = train_step(other, other_updater, iter(crops), schedule(s), dtype=torch.bfloat16, scaler=Scaler(False))
+        b = train_step(
+            other, other_updater, iter(crops), schedule(s), dtype=torch.bfloat16, scaler=Scaler(False)
+        )
         assert b.loss == pytest.approx(a.loss, rel=0.02)
         assert b.teacher_entropy == pytest.approx(a.teacher_entropy, rel=0.05)

@@ -1,4 +1,6 @@
-"""Whole runs as a user starts them: logs, resume after a kill, preemption, several processes, hopeless inputs."""
+"""Whole runs as a user starts them: logs, resume after a kill, preemption, several processes, hopeless
+inputs.
+"""
 
 import json
 import signal
@@ -7,7 +9,7 @@ import time
 
 import pytest
 import torch
-from conftest import command, environment, train
+from runs import command, environment, train
 
 from fastdino.engine import checkpoint
 
@@ -21,8 +23,10 @@ def lines(path):
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def assert_same_run(a, b):
-    """Bitwise the same weights, optimizer, center, counters and logs."""
+def assert_same_run(a, b, resumed_at=0):
+    """Bitwise the same weights, optimizer, center, counters and logs; a log line's mean restarts where the
+    run resumed.
+    """
     (model_a, optimizer_a, meta_a), (model_b, optimizer_b, meta_b) = final(a), final(b)
     for one, two in ((model_a, model_b), (optimizer_a, optimizer_b)):
         assert one.keys() == two.keys()
@@ -31,7 +35,8 @@ def assert_same_run(a, b):
         assert meta_a[key] == meta_b[key], key
     assert lines(a / "log.txt") == lines(b / "log.txt")
     for one, two in zip(lines(a / "metrics.jsonl"), lines(b / "metrics.jsonl"), strict=True):
-        assert (one["step"], one["loss"], one["lr"]) == (two["step"], two["loss"], two["lr"]) or one["step"] % 4
+        assert (one["step"], one["lr"]) == (two["step"], two["lr"])
+        assert one["loss"] == two["loss"] or one["step"] - 4 < resumed_at < one["step"]
 
 
 @pytest.fixture(scope="session")
@@ -47,7 +52,8 @@ def test_a_run_writes_what_it_promises(uninterrupted):
     assert {"train_loss", "train_lr", "train_wd", "epoch"} <= log[0].keys()
     metrics = lines(uninterrupted / "metrics.jsonl")
     assert [r["step"] for r in metrics] == [4, 8, 12, 16, 20, 24]
-    wanted = "step epoch loss lr wd momentum teacher_temp teacher_entropy kl img_s t_data t_forward t_backward t_update bad_steps time"
+    wanted = "step epoch loss lr wd momentum teacher_temp teacher_entropy kl img_s bad_steps time"
+    wanted += " t_data t_forward t_backward t_update"
     assert set(wanted.split()) <= metrics[0].keys()
     assert metrics[0]["loss"] == pytest.approx(metrics[0]["teacher_entropy"] + metrics[0]["kl"], rel=1e-4)
     assert (uninterrupted / "crops.png").read_bytes().startswith(b"\x89PNG")
@@ -58,7 +64,9 @@ def test_a_run_writes_what_it_promises(uninterrupted):
 
 
 def test_repeating_a_run_gives_the_same_bits(images, uninterrupted, tmp_path):
-    train(images, tmp_path / "again", "--drop_path_rate", "0.1", "--num_workers", "2", "--cache_decoded", "off")
+    train(
+        images, tmp_path / "again", "--drop_path_rate", "0.1", "--num_workers", "2", "--cache_decoded", "off"
+    )
     assert_same_run(uninterrupted, tmp_path / "again")
 
 
@@ -67,7 +75,12 @@ def test_a_killed_run_continues_bitwise(images, uninterrupted, tmp_path, sent):
     out = tmp_path / "killed"
     flags = ("--drop_path_rate", "0.1", "--save_every", "5")
     process = subprocess.Popen(
-        command(images, out, *flags), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment(), cwd=tmp_path
+        command(images, out, *flags),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env=environment(),
+        cwd=tmp_path,
     )
     deadline = time.monotonic() + 120
     while not (out / "checkpoints" / "step-00000005").exists():  # in the middle of the first epoch
@@ -83,10 +96,10 @@ def test_a_killed_run_continues_bitwise(images, uninterrupted, tmp_path, sent):
         assert process.returncode == -signal.SIGKILL
     done = train(images, out, *flags)
     assert f"continuing after step {reached}" in done.stdout
-    assert_same_run(uninterrupted, out)
+    assert_same_run(uninterrupted, out, reached)
     again = train(images, out, *flags)  # a finished run has nothing left to do
     assert "continuing after step 24" in again.stdout
-    assert_same_run(uninterrupted, out)
+    assert_same_run(uninterrupted, out, reached)
 
 
 def test_a_damaged_newest_checkpoint_falls_back_loudly(images, uninterrupted, tmp_path):
