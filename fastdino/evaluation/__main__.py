@@ -272,11 +272,15 @@ def _backbone(flags: argparse.Namespace) -> tuple[VisionTransformer, Any]:
             ModelConfig(arch=flags.arch or "vit_small", patch_size=flags.patch_size or 16)
         )
     else:
+        from fastdino.engine.checkpoint import CheckpointError
         from fastdino.interop.weights import load_backbone
 
-        backbone = load_backbone(
-            flags.weights, arch=flags.arch, patch_size=flags.patch_size, key=flags.checkpoint_key
-        )
+        try:
+            backbone = load_backbone(
+                flags.weights, arch=flags.arch, patch_size=flags.patch_size, key=flags.checkpoint_key
+            )
+        except CheckpointError as error:
+            raise ValueError(f"--weights: {error}") from error
     return backbone.to(device).eval(), device
 
 

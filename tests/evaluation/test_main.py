@@ -10,7 +10,9 @@ import pytest
 import torch
 from PIL import Image
 
+from fastdino.engine import checkpoint
 from fastdino.evaluation.__main__ import main
+from fastdino.models import VisionTransformer
 
 SMALL = ["--weights", "random", "--arch", "vit_tiny", "--device", "cpu"]
 
@@ -111,3 +113,36 @@ def test_bad_flag_values(capsys):
         with pytest.raises(SystemExit) as stopped:
             main(words)
         assert stopped.value.code == 2
+
+
+@pytest.mark.filterwarnings("ignore:DAMAGED")
+def test_weights_from_files(dataset, capsys):
+    torch.manual_seed(0)
+    backbone = VisionTransformer(img_size=32, patch_size=8, embed_dim=64, depth=2, num_heads=1)
+    official = {f"module.backbone.{name}": value for name, value in backbone.state_dict().items()}
+    torch.save({"teacher": official}, dataset / "official.pth")
+    line = ["knn", "--data_path", str(dataset), "--nb_knn", "3", "--image_size", "32", "--device", "cpu"]
+    assert main([*line, "--pretrained_weights", str(dataset / "official.pth"), "--patch_size", "8"]) == 0
+    first = capsys.readouterr().out
+    assert "3-NN classifier result: Top1: 100.00" in first
+
+    model = {f"teacher.backbone.{name}": value for name, value in backbone.state_dict().items()}
+    run = dataset / "run"
+    checkpoint.save(
+        run / "checkpoints", 7, model, {}, {"config": {"model": {"arch": "vit_tiny", "num_heads": 1}}}
+    )
+    assert main([*line, "--weights", str(run)]) == 0
+    assert capsys.readouterr().out == first
+
+    next(run.glob("checkpoints/*/model.safetensors")).write_bytes(b"damaged")
+    (dataset / "broken.pth").write_bytes(b"PK\x03\x04 not a checkpoint")
+    for name, words in (
+        ("broken.pth", []),
+        ("run", []),
+        ("run/checkpoints/step-00000007", []),
+        ("nowhere", []),
+        ("official.pth", ["--patch_size", "16"]),
+    ):
+        assert main([*line, "--weights", str(dataset / name), *words]) == 2
+        assert name in capsys.readouterr().err
+    assert main([*line, "--weights", str(dataset / "official.pth"), "--checkpoint_key", "best"]) == 2
