@@ -262,7 +262,7 @@ def init_linear(module: nn.Module) -> None:
 
 
 def standard_vit(arch: str, **overrides: Any) -> VisionTransformer:
-    """The backbone named ``arch``; arguments of :class:`VisionTransformer` other than None override its sizes."""
+    """The backbone named ``arch``; arguments of :class:`VisionTransformer` that are not None override it."""
     if arch not in ARCHITECTURES:
         raise ConfigError("arch", f"expected one of {', '.join(ARCHITECTURES)}, got {arch!r}")
     embed_dim, depth, num_heads = ARCHITECTURES[arch]
@@ -273,15 +273,15 @@ def standard_vit(arch: str, **overrides: Any) -> VisionTransformer:
 
 
 def vit_tiny(patch_size: int = 16, **kwargs: Any) -> VisionTransformer:
-    """12 blocks of width 192, 3 heads. Further arguments are those of :class:`VisionTransformer`."""
+    """12 blocks of width 192, 3 heads. Further arguments as for :class:`VisionTransformer`."""
     return standard_vit("vit_tiny", patch_size=patch_size, **kwargs)
 
 
 def vit_small(patch_size: int = 16, **kwargs: Any) -> VisionTransformer:
-    """12 blocks of width 384, 6 heads (Table 1). Further arguments are those of :class:`VisionTransformer`."""
+    """12 blocks of width 384, 6 heads (Table 1). Further arguments as for :class:`VisionTransformer`."""
     return standard_vit("vit_small", patch_size=patch_size, **kwargs)
 
 
 def vit_base(patch_size: int = 16, **kwargs: Any) -> VisionTransformer:
-    """12 blocks of width 768, 12 heads (Table 1). Further arguments are those of :class:`VisionTransformer`."""
+    """12 blocks of width 768, 12 heads (Table 1). Further arguments as for :class:`VisionTransformer`."""
     return standard_vit("vit_base", patch_size=patch_size, **kwargs)

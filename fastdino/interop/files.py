@@ -1,0 +1,99 @@
+"""Foreign pickles opened without running anything in them, and our own checkpoints found by path."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import struct
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fastdino.engine import checkpoint
+
+
+class WeightsError(ValueError):
+    """A weights file is incomplete, damaged or of another kind; the message names it and what is wrong."""
+
+
+class _NumpyDtype:
+    """Stands in for ``numpy.dtype`` while a pickle is read: its constructor's arguments and state."""
+
+    def __init__(self, code: str, *_: Any) -> None:
+        self.code, self.order = code, "<"
+
+    def __setstate__(self, state: tuple[Any, ...]) -> None:
+        self.order = ">" if state[1] == ">" else "<"
+
+
+def _numpy_scalar(dtype: _NumpyDtype, data: bytes) -> Any:
+    """Stands in for NumPy's scalar constructor; gives a plain Python number."""
+    formats = {"f8": "d", "f4": "f", "f2": "e", "i8": "q", "i4": "i", "b1": "?"}
+    return struct.unpack(dtype.order + formats[dtype.code], data)[0]
+
+
+# What official training files hold besides tensors and plain containers: the flags, and the learning rate and
+# weight decay of the optimizer's groups as NumPy scalars, under the names of NumPy 1 and 2.
+_SAFE: list[Any] = [
+    argparse.Namespace,
+    (_NumpyDtype, "numpy.dtype"),
+    (_numpy_scalar, "numpy.core.multiarray.scalar"),
+    (_numpy_scalar, "numpy._core.multiarray.scalar"),
+]
+
+
+def read_pickle(path: str | os.PathLike[str]) -> Any:
+    """The contents of a file written by ``torch.save``, on the CPU.
+
+    Only tensors, plain containers and numbers, ``argparse.Namespace`` and NumPy scalars can come out:
+    anything else in the file is refused, never called. Raises OSError if the file cannot be opened and
+    WeightsError, naming it, if it is damaged (the archive's checksums are verified, which ``torch.load`` does
+    not do), foreign or refused.
+    """
+    if zipfile.is_zipfile(path):
+        try:
+            with zipfile.ZipFile(path) as archive:
+                damaged = archive.testzip()
+        except (zipfile.BadZipFile, EOFError, NotImplementedError, RuntimeError, ValueError) as error:
+            raise WeightsError(f"{path}: damaged archive ({error})") from error
+        if damaged is not None:
+            raise WeightsError(f"{path}: damaged ({damaged} does not match its checksum)")
+    try:
+        with torch.serialization.safe_globals(_SAFE):
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except OSError:
+        raise
+    except Exception as error:  # arbitrary bytes can fail in any operation of the unpickler
+        reason = " ".join(str(error).split())
+        refused = reason.partition("Unsupported global: GLOBAL ")[2].partition(" ")[0]
+        if refused:
+            raise WeightsError(f"{path}: refused, it wants to call {refused}") from error
+        raise WeightsError(f"{path}: not a file of tensors, or damaged ({reason[:200]})") from error
+
+
+def write_pickle(path: str | os.PathLike[str], contents: Any) -> None:
+    """``torch.save`` that leaves either the old file or the whole new one at ``path``."""
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with open(temporary, "xb") as file:
+            torch.save(contents, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    checkpoint.Disk().sync_directory(path.parent)
+
+
+def find_checkpoint(path: str | os.PathLike[str]) -> Path:
+    """The checkpoint directory ``path``, or the newest valid one of the run directory ``path``."""
+    path = Path(path)
+    if (path / "manifest.json").is_file():
+        return path
+    found = checkpoint.latest(path / "checkpoints") or checkpoint.latest(path)
+    if found is None:
+        raise WeightsError(f"{path}: neither a checkpoint nor a run directory with a valid one")
+    return found
