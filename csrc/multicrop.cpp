@@ -27,7 +27,7 @@ void jitter(uint8_t* planes, int64_t count, const float* row) {
     jitter_order(static_cast<int>(row[kOrder]), order);
     for (const int column : order) {
         const float value = row[column];
-        if (column == kBrightness) brightness(planes, 3 * count, value);
+        if (column == kBrightness) brightness(planes, count, value);
         if (column == kContrast) contrast(planes, count, value);
         if (column == kSaturation) saturation(planes, count, value);
         if (column == kHue) hue(planes, count, value);

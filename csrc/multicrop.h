@@ -38,8 +38,8 @@ struct Box {
 // multicrop_resize.cpp: the box of the image, antialiased bicubic, to size x size; mirrored if flip.
 void resize(const Image& image, const Box& box, int size, bool flip, uint8_t* planes);
 
-// multicrop_color.cpp, in place; count is the number of pixels (of bytes for brightness).
-void brightness(uint8_t* bytes, int64_t count, float factor);
+// multicrop_color.cpp and multicrop_hue.cpp, in place; count is the number of pixels.
+void brightness(uint8_t* planes, int64_t count, float factor);
 void contrast(uint8_t* planes, int64_t count, float factor);
 void saturation(uint8_t* planes, int64_t count, float factor);
 void hue(uint8_t* planes, int64_t count, float turns);
@@ -48,7 +48,10 @@ void gray(uint8_t* planes, int64_t count);
 // multicrop_blur.cpp, in place.
 void gaussian_blur(uint8_t* planes, int size, float sigma);
 
-// multicrop_lookup.cpp: out[i] = table[bytes[i]], items of 2 or 4 bytes.
+// multicrop_lookup.cpp, tables of 256 items.
+// bytes[i] = table[bytes[i]], if this processor does that fast; otherwise it does nothing and returns false.
+bool remap(uint8_t* bytes, int64_t count, const uint8_t* table);
+// out[i] = table[bytes[i]], items of 2 or 4 bytes.
 void lookup(const uint8_t* bytes, int64_t count, const void* table, int item_size, void* out);
 
 }  // namespace fdk::crop
