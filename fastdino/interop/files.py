@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import struct
 import zipfile
 from pathlib import Path
@@ -52,25 +53,24 @@ def read_pickle(path: str | os.PathLike[str]) -> Any:
     WeightsError, naming it, if it is damaged (the archive's checksums are verified, which ``torch.load`` does
     not do), foreign or refused.
     """
-    if zipfile.is_zipfile(path):
+    with open(path, "rb") as file:
         try:
-            with zipfile.ZipFile(path) as archive:
-                damaged = archive.testzip()
-        except (zipfile.BadZipFile, EOFError, NotImplementedError, RuntimeError, ValueError) as error:
-            raise WeightsError(f"{path}: damaged archive ({error})") from error
-        if damaged is not None:
-            raise WeightsError(f"{path}: damaged ({damaged} does not match its checksum)")
-    try:
-        with torch.serialization.safe_globals(_SAFE):
-            return torch.load(path, map_location="cpu", weights_only=True)
-    except OSError:
-        raise
-    except Exception as error:  # arbitrary bytes can fail in any operation of the unpickler
-        reason = " ".join(str(error).split())
-        refused = reason.partition("Unsupported global: GLOBAL ")[2].partition(" ")[0]
-        if refused:
-            raise WeightsError(f"{path}: refused, it wants to call {refused}") from error
-        raise WeightsError(f"{path}: not a file of tensors, or damaged ({reason[:200]})") from error
+            if zipfile.is_zipfile(file):
+                with zipfile.ZipFile(file) as archive:
+                    damaged = archive.testzip()
+                if damaged is not None:
+                    raise WeightsError(f"{path}: damaged ({damaged} does not match its checksum)")
+            file.seek(0)
+            with torch.serialization.safe_globals(_SAFE):
+                return torch.load(file, map_location="cpu", weights_only=True)
+        except WeightsError:
+            raise
+        except Exception as error:  # arbitrary bytes can fail in any operation of the readers
+            refused = re.search(r"(?i:unsupported global:?) (?:GLOBAL )?(\S+)", str(error))
+            if refused:
+                raise WeightsError(f"{path}: refused, it wants to call {refused[1]}") from error
+            reason = " ".join(str(error).rpartition("WeightsUnpickler error:")[2].split())
+            raise WeightsError(f"{path}: not a file of tensors, or damaged ({reason[:200]})") from error
 
 
 def write_pickle(path: str | os.PathLike[str], contents: Any) -> None:
