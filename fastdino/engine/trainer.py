@@ -162,11 +162,12 @@ class Trainer:
         run.
         """
         model, optimizer, meta = checkpoint.load(path)
+        imported = "official" in meta  # an official file does not know its images and counts epochs only
         ours, theirs = json.loads(json.dumps(self._identity())), meta["identity"]
         different = [
             f"{k}: checkpoint {theirs.get(k)!r}, now {ours.get(k)!r}"
             for k in ours
-            if ours[k] != theirs.get(k)
+            if ours[k] != theirs.get(k) and (k in theirs or not imported)
         ]
         if different:
             raise checkpoint.CheckpointError(
@@ -175,7 +176,8 @@ class Trainer:
             )
         self.method.load_state_dict(model)
         self.updater.load_state(optimizer)
-        self.step, self.counters, self.sums = meta["step"], meta["counters"], meta["epoch_sums"]
+        self.step = meta["epoch"] * self.steps_per_epoch if imported else meta["step"]
+        self.counters, self.sums = meta["counters"], meta["epoch_sums"]
         self.scaler.scale, self.scaler.good_steps = meta["scaler"]["scale"], meta["scaler"]["good_steps"]
         self.resumed_from: Path | None = path
 
