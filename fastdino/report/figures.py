@@ -182,7 +182,8 @@ def _tick_text(value: float, ticks: Sequence[float]) -> str:
     step = ticks[1] - ticks[0]
     if abs(value) < step * 1e-6:
         return "0"
-    if max(abs(ticks[0]), abs(ticks[-1])) >= 1e4 or step < 1e-4:
+    largest = max(abs(ticks[0]), abs(ticks[-1]))
+    if largest >= 1e4 or largest < 1e-2 or step < 1e-6:
         return short(value)
     decimals = max(0, -math.floor(math.log10(step) + 1e-9))
     if abs(step * 10**decimals - round(step * 10**decimals)) > 1e-6:

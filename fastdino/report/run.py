@@ -184,15 +184,17 @@ def checks(run: Run, scores: Scores) -> list[Check]:
     trained, others = scores.of("trained"), [scores.of("raw"), scores.of("untrained")]
     others = [value for value in others if math.isfinite(value)]
     if math.isfinite(trained) and others:
-        gain = trained - max(others)
+        gain, untrained = trained - max(others), scores.of("untrained")
         if gain > 0:
-            found.append(
-                Check("good", "It learned", f"{gain:.1f} points above the better of both baselines.")
+            found.append(Check("good", "It learned", f"{gain:.1f} points above the better baseline."))
+        elif trained > untrained:
+            text = (
+                f"{trained - untrained:.1f} points above the untrained network, {-gain:.1f} below raw pixels."
             )
+            found.append(Check("note", "Not yet better than raw pixels", text))
         else:
-            found.append(
-                Check("bad", "Nothing learned yet", f"{-gain:.1f} points below the better baseline.")
-            )
+            text = f"{-gain:.1f} points below the better baseline."
+            found.append(Check("bad", "Nothing learned yet", text))
 
     entropy = last_epoch(run, "teacher_entropy")
     prototypes = number(run.config.get("out_dim"))

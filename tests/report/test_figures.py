@@ -40,6 +40,15 @@ def test_chart_by_hand():
     assert chart.stops[1].heading == "step 50" and chart.stops[1].values == [(0, 1, "loss", "4")]
 
 
+def test_tick_texts_differ():
+    """Small steps on a large value keep their digits."""
+    for ys in ([0.99, 0.990026], [0.04, 0.0404], [1e-6, 2e-5], [120.0, 121.0], [3e4, 9e4]):
+        chart = line_chart([Series("s", [0, 1], ys)])
+        assert chart is not None
+        texts = [text for _, text in chart.y_ticks]
+        assert len(set(texts)) == len(texts) and max(map(len, texts)) <= 8, texts
+
+
 @pytest.mark.parametrize("scale", [1e-9, 1.0, 1e12])
 @pytest.mark.parametrize(
     "values", [[1.0], [2.0, 2.0], [0.0, 0.0], [-3.0, 5.0], [float("nan"), 1.0, float("inf"), 2.0]]

@@ -293,6 +293,9 @@ def test_findings(run_dir):
         json.dumps({"step": 9, "knn": {"5": 20.0}, "raw_pixels": {"5": 30.0}})
     )
     assert states(run_dir)["Nothing learned yet"] == "bad"
+    evals = {"step": 9, "knn": {"5": 20.0}, "raw_pixels": {"5": 30.0}, "untrained": {"5": 15.0}}
+    (run_dir / "eval.jsonl").write_text(json.dumps(evals))
+    assert states(run_dir)["Not yet better than raw pixels"] == "note"
 
 
 def test_time(run_dir):
