@@ -19,7 +19,8 @@ namespace {
 
 using namespace fdk;
 
-constexpr int64_t kColumns = 4096;  // columns per work item: long enough for the prefetcher, a row of them fits the first-level cache
+// Columns per work item: long enough for the prefetcher, and a row of them fits the first-level cache.
+constexpr int64_t kColumns = 4096;
 
 template <typename T>
 struct Lanes;
