@@ -61,7 +61,14 @@ def run(out: Path, **flags: Any) -> dict[str, Any]:
     append_line(
         log, {"step": trainer.step, "epoch": trainer.step // trainer.steps_per_epoch, "jaccard": scores}
     )
-    report = write_report(out, backbone=trained, image_paths=trainer.monitor.pictures(8), device=device)
+    shown = range(0, len(paths), max(1, len(paths) // 8))
+    report = write_report(
+        out,
+        backbone=trained,
+        image_paths=[paths[i] for i in shown][:8],
+        mask_paths=[masks[i] for i in shown][:8],
+        device=device,
+    )
     return {
         "knn": _knn_figures(log),
         "jaccard": scores,

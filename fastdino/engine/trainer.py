@@ -269,8 +269,10 @@ class Trainer:
                 raise Stopped(128 + (self.signal or signal.SIGTERM))
             every = self.config.eval.eval_every
             if finished or (epoch_ends and every > 0 and (epoch + 1) % every == 0):
+                paused = time.perf_counter()
                 self._evaluate(screen, curves)
                 self._report(screen, final=finished)
+                window.since += time.perf_counter() - paused
 
     def _count(self, result: StepResult, screen: Screen) -> None:
         """Sum up a good step; count a bad one and stop after too many in a row."""
@@ -420,7 +422,8 @@ class _Window:
     """Means since the last log line."""
 
     def __init__(self, images_per_step: int):
-        self.images, self.results, self.since = images_per_step, [], time.perf_counter()  # type: ignore[var-annotated]
+        self.images, self.since = images_per_step, time.perf_counter()
+        self.results: list[StepResult] = []
 
     def add(self, result: StepResult) -> None:
         self.results.append(result)
