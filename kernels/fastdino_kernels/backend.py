@@ -15,7 +15,7 @@ _choice = "auto"
 
 
 def set_backend(name: str) -> None:
-    """Set the backend of the whole process: ``auto`` (the fastest for the device), ``cpu`` or ``reference``."""
+    """Set the backend of the whole process: ``auto`` (fastest for the device), ``cpu`` or ``reference``."""
     global _choice
     if name not in BACKENDS:
         raise ValueError(f"backend: expected one of {', '.join(BACKENDS)}, got {name!r}")
@@ -48,6 +48,9 @@ def resolve(*tensors: Tensor) -> str:
     return "reference"
 
 
-@torch.compiler.assume_constant_result
 def _library_loaded() -> bool:
     return csrc.library() is not None
+
+
+# As torch.compiler.assume_constant_result does, whose call would import the compiler for 2 s.
+_library_loaded._dynamo_marked_constant = True  # type: ignore[attr-defined]

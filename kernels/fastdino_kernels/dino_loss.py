@@ -188,7 +188,7 @@ def dino_loss(
     teacher_temp: float | Tensor,
     n_global: int = 2,
 ) -> DinoLoss:
-    """Cross-entropy of each teacher view with each other student view of the image (Caron et al. 2021, eq. 1-4).
+    """Cross-entropy of each teacher view with each other student view (Caron et al. 2021, eq. 1-4).
 
     Args:
         student_logits: [V*B, K], view-major: row ``v * B + b``; fp32, bf16, fp16 or float64.

@@ -26,13 +26,15 @@ from .native import empty_like
 from .reference import PrototypeLoss
 from .validate import check_no_grad, check_temperature, check_tensor, check_views
 
-CHUNK_BYTES = 4 << 20  # of logits and weights per block: they should stay in the second-level caches
+BLOCK = 4096  # columns per work item of the kernels; chunks are multiples of it
+CHUNK_BYTES = 12 << 20  # of logits and converted weights per chunk; each chunk costs some 10 thread barriers
 KEEP_BYTES = 32 << 20  # logits up to this size are kept for the backward
 
 
-def _chunks(k: int, rows: int, width: int, dtype: torch.dtype) -> Iterator[slice]:
-    """Column blocks of a multiple of 2048 columns (the kernels' work item), the last one excepted."""
-    size = max(2048, CHUNK_BYTES // ((rows + width) * dtype.itemsize) // 2048 * 2048)
+def _chunks(k: int, rows: int, d: int, dtype: torch.dtype) -> Iterator[slice]:
+    """Slices of the K columns, for ``rows`` rows of logits and two weights of width ``d`` in ``dtype``."""
+    blocks = CHUNK_BYTES // ((rows + 2 * d) * dtype.itemsize * BLOCK)
+    size = max(1, blocks) * BLOCK
     return (slice(begin, min(begin + size, k)) for begin in range(0, k, size))
 
 
@@ -63,7 +65,7 @@ def _forward(
     batch_center = torch.empty(k, dtype=torch.float32)
     state = new_state(*shape)
     buffer = kept
-    for columns in _chunks(k, rows + teacher_rows, 2 * d, dtype):
+    for columns in _chunks(k, rows + teacher_rows, d, dtype):
         if keeps:
             buffer = kept[(rows + teacher_rows) * columns.start :]
         elif columns.start == 0:
@@ -126,20 +128,18 @@ def _backward(
     dz = torch.zeros((rows, d) if needs_z else 0, dtype=torch.float32)
     dw = empty_like(student_weight) if needs_weight else student_weight.new_empty(0)
     direct = dw.dtype == dtype
-    buffer = kept
-    for columns in _chunks(k, rows + teacher_rows, 2 * d, dtype):
-        weight = student_weight[columns].to(dtype) if needs_z or len(kept) == 0 else student_weight
-        if columns.start == 0:
-            dx_buffer = torch.empty(rows * columns.stop, dtype=dtype)
-            if len(kept) == 0:
-                buffer = torch.empty((rows + teacher_rows) * columns.stop, dtype=dtype)
+    chunk = torch.empty(0, dtype=dtype)
+    for columns in _chunks(k, rows + teacher_rows, d, dtype):
+        weight = student_weight[columns].to(dtype)
+        if len(chunk) == 0:
+            chunk = torch.empty((rows + teacher_rows) * columns.stop, dtype=dtype)
+        dx, t = _views(chunk, rows, teacher_rows, columns)
+        x = dx  # logits made again are overwritten by their gradient, kept ones are not
         if len(kept) > 0:
-            buffer = kept[(rows + teacher_rows) * columns.start :]
-        x, t = _views(buffer, rows, teacher_rows, columns)
-        if len(kept) == 0:
+            x, t = _views(kept[(rows + teacher_rows) * columns.start :], rows, teacher_rows, columns)
+        else:
             torch.mm(z, weight.t(), out=x)
             torch.mm(y, teacher_weight[columns].to(dtype).t(), out=t)
-        dx = dx_buffer[: x.numel()].view_as(x)
         write_gradient(dx, state, scale, x, t, center[columns], shape, temps)
         if needs_z:
             dz += torch.mm(dx, weight)

@@ -46,7 +46,7 @@ def dino_loss(
     teacher_temp: float | Tensor,
     n_global: int = 2,
 ) -> DinoLoss:
-    """Cross-entropy of each teacher view with each other student view of the image (Caron et al. 2021, eq. 1-4).
+    """Cross-entropy of each teacher view with each other student view (Caron et al. 2021, eq. 1-4).
 
     ``p_g = softmax((t_g - c) / u)`` and ``x_v = student_v / s``; the loss is the mean of ``-sum_k p_gk log
     softmax(x_v)_k`` over the images and the ``G (V - 1)`` pairs ``g != v``. Cross-entropy is linear in its
@@ -146,7 +146,7 @@ def adamw_(
     weight_decay: float,
     grad_factor: float = 1.0,
 ) -> None:
-    """One AdamW step (Loshchilov & Hutter 2019, algorithm 2) on ``grad_factor * grad``; step counts from 1."""
+    """One AdamW step (Loshchilov & Hutter 2019, algorithm 2) on ``grad_factor * grad``; first step: 1."""
     beta1, beta2 = betas
     grad = grad * grad_factor
     param.mul_(1 - lr * weight_decay)

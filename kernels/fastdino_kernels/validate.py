@@ -1,4 +1,4 @@
-"""Checks of arguments, made once in each public function; errors name the argument, the expected, the given."""
+"""Checks of arguments, made once in each public function; errors name argument, expectation and finding."""
 
 from __future__ import annotations
 
