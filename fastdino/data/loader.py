@@ -8,6 +8,7 @@ needs no saved state, and images may as well be kept in memory decoded.
 
 from __future__ import annotations
 
+import atexit
 import logging
 import os
 import queue
@@ -114,6 +115,7 @@ class MultiCropLoader:
         # The thread knows the producer only, so that a forgotten loader can be collected and then stops it.
         thread = threading.Thread(target=self._producer.run, name="fastdino-data", daemon=True)
         self._finalizer = weakref.finalize(self, _stop, self._producer, thread)
+        atexit.register(self._finalizer)  # later than DALI's own handler, thus run before it
         thread.start()
 
     @property
@@ -248,6 +250,8 @@ class _Producer:
             self._fill()
         except BaseException as error:  # not swallowed: the consumer raises it
             self.ready.put(error)
+        finally:
+            self.images.close()
 
     def _fill(self) -> None:
         stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
@@ -311,7 +315,7 @@ class ImageSource:
                 (images,) = self._pipeline.run()
             except RuntimeError as error:
                 # A pipeline that raised is not to be used again; the new one starts with this batch.
-                self._pipeline = None
+                self.close()
                 ids = self.resolve(self._batches(self._index))
                 if not self._replace_unreadable(ids):
                     if retried:
@@ -321,6 +325,12 @@ class ImageSource:
             else:
                 self._index += 1
                 return [np.asarray(image) for image in images]
+
+    def close(self) -> None:
+        """Stop DALI's threads and free its memory."""
+        # The pipeline refers to this object in turn. Left to the garbage collector, it may be taken apart in a
+        # child that was forked meanwhile, which then waits for ever for threads that it does not have.
+        self._pipeline = None
 
     def resolve(self, ids: np.ndarray) -> np.ndarray:
         """The samples really used for `ids` (int64 [B]): unreadable ones replaced."""
@@ -348,6 +358,7 @@ class ImageSource:
         decoded: list[np.ndarray] = []
         while len(decoded) < n and not stop():
             decoded += [image.copy() for image in reader.next()]
+        reader.close()
         megabytes = sum(image.nbytes for image in decoded) / 2**20
         seconds = time.perf_counter() - started
         log.info("%d images decoded into %.0f MiB of memory in %.1f s", len(decoded), megabytes, seconds)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import logging
 import os
+import signal
 import sys
 import threading
 import time
@@ -383,6 +384,29 @@ def test_close_joins_the_thread_and_ends_the_iteration(manifest):
     assert not data_threads()
     with pytest.raises(RuntimeError, match="after close"):
         next(loader)
+
+
+@pytest.mark.parametrize("cache_decoded", ["on", "off"])
+def test_after_close_nothing_of_dali_is_left_to_a_forked_child(manifest, cache_decoded):
+    """Such as a worker of torch's DataLoader: taken apart there, a pipeline hangs or crashes."""
+    gc.collect()
+    gc.disable()  # until the child does it
+    try:
+        load(manifest, 1, cache_decoded=cache_decoded)
+        child = os.fork()
+        if child == 0:
+            gc.collect()
+            os._exit(0)
+    finally:
+        gc.enable()
+    deadline = time.monotonic() + 20
+    while not (ended := os.waitpid(child, os.WNOHANG))[0]:
+        if time.monotonic() > deadline:
+            os.kill(child, signal.SIGKILL)
+            os.waitpid(child, 0)
+            pytest.fail("the child hangs")
+        time.sleep(0.01)
+    assert ended[1] == 0
 
 
 def test_close_before_the_first_batch(manifest):
