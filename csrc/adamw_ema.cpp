@@ -67,7 +67,7 @@ FDK_CLONES void ema_bf16(float* __restrict t, const uint16_t* __restrict p, int6
 // Half to float by integer arithmetic: subnormals are scaled by a multiplication, infinities and NaN get the top exponent.
 FDK_CLONES void ema_f16(float* __restrict t, const uint16_t* __restrict p, int64_t n, float keep, float rest) {
     for (int64_t i = 0; i < n; ++i) {
-        const uint32_t h = p[i], magnitude = (h & 0x7fffu) << 13, special = magnitude >= 0x0f800000u ? 0x70000000u : 0u;
+        const uint32_t h = p[i], magnitude = (h & 0x7fffu) << 13, special = magnitude >= 0x0f800000u ? 0x7f800000u : 0u;
         float value;
         std::memcpy(&value, &magnitude, sizeof value);
         value *= 0x1p112f;
