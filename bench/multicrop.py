@@ -1,183 +1,144 @@
-"""The multi-crop finish against Pillow, one thread each, operation by operation and as a whole.
+"""The multi-crop finish against Pillow, operation by operation and as a whole, one thread each.
 
-    python bench/multicrop.py [--images FOLDER] [--repeats 7]
+python -m bench.multicrop [--images FOLDER] [--rounds 15] [--save]
 
-The Pillow side is what torchvision's transforms call (crop, resize, ImageEnhance, HSV shift, GaussianBlur, ToTensor,
-Normalize). The two results are compared first and must be equal bit for bit. The cost of an operation of ours is what a
-call with it takes more than a call without; medians of the repeats, with the quartiles' spread for the whole.
+Both get the same decoded images and the same parameters (the official distribution); first their crops are
+compared, which must be equal bit for bit. Then they take turns. The first table is all crops of every image
+(2 x 224 + 8 x 96) with everything that they draw. In the others each row applies one operation to every crop
+besides the first row's crop, resize and normalise; the last columns are what that operation costs alone.
 """
 
 from __future__ import annotations
 
 import argparse
-import platform
 import statistics
-import subprocess
-import time
-from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageEnhance, ImageFilter, ImageOps
-from torch import Tensor
-
 from fastdino_kernels import csrc
-from fastdino_kernels.multicrop import multicrop as mc_function
 from fastdino_kernels.multicrop import (
     BRIGHTNESS,
-    COLUMNS,
     CONTRAST,
     FLIP,
     GRAY,
     HUE,
-    IMAGENET_MEAN,
-    IMAGENET_STD,
     JITTER,
-    ORDER,
-    ORDERS,
     SATURATION,
     SIGMA,
     SOLARIZE,
+    multicrop,
 )
+from PIL import Image
+from torch import Tensor
 
-VIEWS = [(224, 0.25, 1.0)] * 2 + [(96, 0.05, 0.25)] * 8  # size and scale of every view
-MEAN, STD = (torch.tensor(v).view(3, 1, 1) for v in (IMAGENET_MEAN, IMAGENET_STD))
+from bench.harness import interleave, save, summarise, table
+from bench.loader import apply, view_sizes
+from fastdino.config import CropConfig
+from fastdino.data.augment import crop_parameters
 
-
-def pillow_hue(image: Image.Image, turns: float) -> Image.Image:
-    h, s, v = image.convert("HSV").split()
-    shifted = np.array(h, np.uint8) + np.int32(turns * 255).astype(np.uint8)
-    return Image.merge("HSV", (Image.fromarray(shifted), s, v)).convert("RGB")
-
-
-PILLOW_JITTER: dict[int, Callable[[Image.Image, float], Image.Image]] = {
-    BRIGHTNESS: lambda image, f: ImageEnhance.Brightness(image).enhance(f),
-    CONTRAST: lambda image, f: ImageEnhance.Contrast(image).enhance(f),
-    SATURATION: lambda image, f: ImageEnhance.Color(image).enhance(f),
-    HUE: pillow_hue,
+# An operation and the columns that it needs; without their columns these do nothing.
+OPERATIONS = {
+    "flip": {FLIP: 1.0},
+    "gray": {GRAY: 1.0},
+    "blur": {SIGMA: 1.3},
+    "jitter": {JITTER: 1.0, BRIGHTNESS: 1.2, CONTRAST: 0.8, SATURATION: 1.1, HUE: 0.05},
 }
 
 
-def pillow(image: Image.Image, row: np.ndarray, size: int) -> Tensor:
-    y, x, h, w = (int(v) for v in row[:4])
-    crop = image.crop((x, y, x + w, y + h)).resize((size, size), Image.Resampling.BICUBIC)
-    if row[FLIP]:
-        crop = crop.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-    if row[JITTER]:
-        for column in ORDERS[int(row[ORDER])]:
-            crop = PILLOW_JITTER[column](crop, float(row[column]))
-    if row[GRAY]:
-        gray = np.array(crop.convert("L"))
-        crop = Image.fromarray(np.dstack([gray, gray, gray]))
-    if row[SIGMA] > 0:
-        crop = crop.filter(ImageFilter.GaussianBlur(float(row[SIGMA])))
-    if row[SOLARIZE]:
-        crop = ImageOps.solarize(crop, 128)
-    tensor = torch.from_numpy(np.array(crop)).permute(2, 0, 1).contiguous().float().div(255)
-    return tensor.sub_(MEAN).div_(STD)
+def pictures(folder: Path | None, count: int = 16) -> list[Image.Image]:
+    if folder is not None:
+        paths = sorted(path for path in folder.iterdir() if path.suffix.lower() in (".jpeg", ".jpg", ".png"))
+        return [Image.open(path).convert("RGB") for path in paths[:count]]
+    noise = np.random.default_rng(0).integers(0, 256, (count, 24, 32, 3), dtype=np.uint8)
+    return [Image.fromarray(n).resize((500, 375), Image.Resampling.BICUBIC) for n in noise]
 
 
-def random_rows(images: list[np.ndarray], rng: np.random.Generator) -> np.ndarray:
-    """The official distribution: [n, V, 16]."""
-    rows = np.zeros((len(images), len(VIEWS), COLUMNS), np.float32)
-    for i, image in enumerate(images):
-        height, width = image.shape[:2]
-        for v, (_, low, high) in enumerate(VIEWS):
-            while True:
-                area, ratio = height * width * rng.uniform(low, high), np.exp(rng.uniform(np.log(3 / 4), np.log(4 / 3)))
-                h, w = round(np.sqrt(area / ratio)), round(np.sqrt(area * ratio))
-                if h <= height and w <= width:
-                    break
-            y, x = rng.integers(0, height - h + 1), rng.integers(0, width - w + 1)
-            jitter = [rng.random() < 0.8, *rng.uniform(0.6, 1.4, 2), rng.uniform(0.8, 1.2), rng.uniform(-0.1, 0.1)]
-            blur = rng.random() < (1.0, 0.1, *[0.5] * 8)[v]
-            effects = [rng.random() < 0.2, rng.uniform(0.1, 2) if blur else 0, v == 1 and rng.random() < 0.2]
-            rows[i, v, :14] = [y, x, h, w, rng.random() < 0.5, *jitter, rng.integers(24), *effects]
-    return rows
+class Case:
+    """Crops of the given views of all pictures, by Pillow and by us."""
 
+    def __init__(
+        self, images: list[Image.Image], rows: np.ndarray, sizes: list[int], dtype: torch.dtype
+    ) -> None:
+        self.images, self.rows, self.sizes = images, np.ascontiguousarray(rows), sizes
+        self.arrays = [np.array(image) for image in images]
+        self.out = [torch.empty(len(images), 3, size, size, dtype=dtype) for size in sizes]
 
-def interleaved(sides: list[Callable[[], None]], repeats: int) -> list[list[float]]:
-    """CPU seconds of every repeat of every side, taken in turns so that all see the same machine."""
-    times: list[list[float]] = [[] for _ in sides]
-    for _ in range(repeats):
-        for side, seconds in zip(sides, times, strict=True):
-            start = time.thread_time()
-            side()
-            seconds.append(time.thread_time() - start)
-    return times
+    def pillow(self) -> list[Tensor]:
+        return [
+            torch.stack(
+                [apply(image, row[v], size) for image, row in zip(self.images, self.rows, strict=True)]
+            )
+            for v, size in enumerate(self.sizes)
+        ]
+
+    def fastdino(self) -> list[Tensor]:
+        multicrop(self.arrays, self.rows, out=self.out, num_threads=1)
+        return self.out
+
+    def compare(self) -> None:
+        for theirs, ours in zip(self.pillow(), self.fastdino(), strict=True):
+            if not torch.equal(theirs.to(ours.dtype), ours):
+                raise SystemExit("multicrop: the crops differ from Pillow's")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--images", type=Path, help="folder of images (default: 500 x 375 coloured noise)")
-    parser.add_argument("--repeats", type=int, default=7)
-    options = parser.parse_args()
-    torch.set_num_threads(1)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--images", type=Path, help="folder of images; without it, 500 x 375 smooth noise")
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--save", action="store_true", help="write bench/results/")
+    args = parser.parse_args()
     if csrc.library() is None:
-        raise SystemExit("multicrop: the C++ kernels are not built")
-    rng = np.random.default_rng(0)
-    if options.images:
-        paths = sorted(p for p in options.images.iterdir() if p.suffix.lower() in (".jpeg", ".jpg", ".png"))[:16]
-        pictures = [Image.open(path).convert("RGB") for path in paths]
-    else:
-        small = rng.integers(0, 256, (16, 24, 32, 3), dtype=np.uint8)
-        pictures = [Image.fromarray(s).resize((500, 375), Image.Resampling.BICUBIC) for s in small]
-    images = [np.array(p) for p in pictures]
-    n = len(images)
-    rows = random_rows(images, rng)
+        raise SystemExit("multicrop: the C++ kernels are not built: make build")
+    torch.set_num_threads(1)
 
-    def ours(some: np.ndarray, views: slice, dtype: torch.dtype = torch.float32) -> Callable[[], list[Tensor]]:
-        out = [torch.empty(n, 3, s, s, dtype=dtype) for s, _, _ in VIEWS[views]]
-        part = np.ascontiguousarray(some[:, views])
+    images, crops = pictures(args.images), CropConfig()
+    heights_widths = np.array([(image.height, image.width) for image in images])
+    rows = crop_parameters(0, 0, np.arange(len(images)), heights_widths, crops)
+    sizes = view_sizes(crops)
+    whole = Case(images, rows, sizes, torch.float32)
+    half = Case(images, rows, sizes, torch.bfloat16)
+    providers = {"Pillow": whole.pillow, "fastdino": whole.fastdino, "fastdino, bfloat16": half.fastdino}
+    whole.compare()
+    half.compare()
+    summary = {"all": summarise(interleave(providers, rounds=args.rounds), "Pillow")}
+    print(f"all crops of {len(images)} images")
+    print(table(summary["all"], dict.fromkeys(providers, len(images))))
 
-        def call() -> list[Tensor]:
-            mc_function(images, part, out=out)
-            return out
-
-        return call
-
-    def theirs(some: np.ndarray, views: slice) -> Callable[[], list[list[Tensor]]]:
-        sizes = list(enumerate(VIEWS))[views]
-        return lambda: [[pillow(p, some[i, v], s) for i, p in enumerate(pictures)] for v, (s, _, _) in sizes]
-
-    everything = slice(0, len(VIEWS))
-    for ours_, theirs_ in zip(ours(rows, everything)(), theirs(rows, everything)(), strict=True):
-        if not torch.equal(ours_, torch.stack(theirs_)):
-            raise SystemExit("multicrop: the result differs from Pillow's")
-
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
-    print(f"{platform.processor() or platform.machine()}, commit {commit}; one thread; microseconds per crop, median of {options.repeats}")
-    print(f"{'operation':24}{'size':>6}{'Pillow':>10}{'ours':>10}{'ratio':>8}")
     plain = rows.copy()
-    plain[..., FLIP] = plain[..., JITTER] = plain[..., GRAY] = plain[..., SIGMA] = plain[..., SOLARIZE] = 0
-    plain[..., BRIGHTNESS : SATURATION + 1], plain[..., HUE] = 1, 0
-    jitter = plain.copy()
-    jitter[..., JITTER] = 1
-    blurred = plain.copy()
-    blurred[..., SIGMA] = rng.uniform(0.1, 2, blurred.shape[:2])
-    grayed = plain.copy()
-    grayed[..., GRAY] = 1
-    colored = jitter.copy()
-    colored[..., BRIGHTNESS:ORDER] = rows[..., BRIGHTNESS:ORDER]
-    for size, views in ((224, slice(0, 2)), (96, slice(2, 10))):
-        count = n * (views.stop - views.start)
-        cases = {"resize + normalize": plain, "+ jitter": colored, "+ gray": grayed, "+ blur": blurred}
-        sides: list[Callable[[], object]] = []
-        for some in cases.values():
-            sides += [theirs(some, views), ours(some, views)]
-        medians = [statistics.median(t) / count * 1e6 for t in interleaved(sides, options.repeats)]  # type: ignore[arg-type]
-        for i, name in enumerate(cases):
-            a, b = medians[2 * i], medians[2 * i + 1]
-            if i:
-                a, b = a - medians[0], b - medians[1]
-            print(f"{name:24}{size:6}{a:10.1f}{b:10.1f}{a / b:8.1f}")
-    sides = [theirs(rows, everything), *(ours(rows, everything, d) for d in (torch.float32, torch.bfloat16))]
-    pil, fp32, bf16 = (sorted(s / n * 1e6 for s in t) for t in interleaved(sides, options.repeats))  # type: ignore[arg-type]
-    for name, times in (("Pillow", pil), ("ours, float32", fp32), ("ours, bfloat16", bf16)):
-        low, mid, high = statistics.quantiles(times, n=4)
-        ratio = statistics.median(pil) / mid
-        print(f"{name:24} 2 x 224 + 8 x 96: {mid:8.0f} us per image (quartiles {low:.0f} to {high:.0f}), {ratio:.1f}x")
+    plain[..., [FLIP, JITTER, GRAY, SIGMA, SOLARIZE]] = 0
+    for size in sorted(set(sizes), reverse=True):
+        views = [v for v, s in enumerate(sizes) if s == size]
+        make = partial(Case, images, sizes=[size] * len(views), dtype=torch.float32)
+        cases = {"resize": make(plain[:, views])}
+        for name, columns in OPERATIONS.items():
+            more = plain[:, views].copy()
+            for column, value in columns.items():
+                more[..., column] = value
+            cases[name] = make(more)
+        calls = {}
+        for name, case in cases.items():
+            case.compare()
+            calls[name, "Pillow"], calls[name, "fastdino"] = case.pillow, case.fastdino
+        times = interleave(calls, rounds=args.rounds)  # type: ignore[arg-type]
+        micro = {key: statistics.median(v) / len(images) / len(views) * 1e6 for key, v in times.items()}
+        print(f"\n{f'size {size}, us per crop':28} {'Pillow':>9} {'fastdino':>9} {'speed-up':>9}   alone")
+        for name in cases:
+            theirs, ours = micro[name, "Pillow"], micro[name, "fastdino"]
+            line = f"{name:28} {theirs:9.1f} {ours:9.1f} {theirs / ours:8.1f}x"
+            if name != "resize":
+                line += (
+                    f"   {theirs - micro['resize', 'Pillow']:7.1f} {ours - micro['resize', 'fastdino']:7.1f}"
+                )
+            print(line)
+        summary[str(size)] = {
+            f"{name}, {side}": {"median_us": value} for (name, side), value in micro.items()
+        }
+    if args.save:
+        print(save("multicrop", summary))
 
 
 if __name__ == "__main__":
