@@ -268,10 +268,9 @@ def compare(manifest: Manifest, local_crops_number: int, args: argparse.Namespac
         f"{'provider':24} {'img/s':>7} {'CPU ms/img':>11} {'speed-up':>9} {'min-max':>12} {'by CPU time':>12}"
     )
     for name, row in summary.items():
-        print(
-            f"{name:24} {row['images_per_second']:7.0f} {row['cpu_ms_per_image']:11.2f} {row['speedup']:8.2f}x "
-            f"{row['speedup_min']:6.2f}-{row['speedup_max']:.2f} {row['cpu_speedup']:11.2f}x"
-        )
+        speed = f"{row['images_per_second']:7.0f} {row['cpu_ms_per_image']:11.2f} {row['speedup']:8.2f}x"
+        spread = f"{row['speedup_min']:6.2f}-{row['speedup_max']:.2f}"
+        print(f"{name:24} {speed} {spread} {row['cpu_speedup']:11.2f}x")
     print(f"{contested} of {args.rounds} rounds contested\n")
     return {
         "local_crops_number": local_crops_number,

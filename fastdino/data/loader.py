@@ -17,6 +17,7 @@ import time
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -99,7 +100,7 @@ class MultiCropLoader:
         schedule = Schedule(len(manifest), seed, global_batch, micro_batch, rank, world_size, start_step)
         images = ImageSource(manifest, schedule.ids, micro_batch, num_threads)
         device = torch.device(device)
-        # What the consumer may still use: on a GPU it has its own copy.
+        # Buffers that the consumer may still use: none on a GPU, where it gets a copy.
         self._keep = 0 if device.type == "cuda" else prefetch + 1
         self._held: deque[_Buffer] = deque()
         self._producer = _Producer(
@@ -127,14 +128,18 @@ class MultiCropLoader:
         return self
 
     def __next__(self) -> Crops:
-        if self._held and len(self._held) >= self._keep:
+        if self._held and len(self._held) == self._keep:
             self._producer.free.put(self._held.popleft())
         buffer = self._producer.ready.get()
         if not isinstance(buffer, _Buffer):
             self._producer.ready.put(buffer)  # asked again, answers the same
             raise buffer
-        self._held.append(buffer)
-        return buffer.hand_over()
+        batch = buffer.hand_over()
+        if self._keep:
+            self._held.append(buffer)
+        else:
+            self._producer.free.put(buffer)
+        return batch
 
     def close(self) -> None:
         """Stop and join the background thread. Safe to call twice."""
@@ -277,7 +282,8 @@ class _Producer:
 def _stop(producer: _Producer, thread: threading.Thread) -> None:
     producer.stopping = True
     producer.free.put(None)
-    thread.join()
+    if thread is not threading.current_thread():  # the garbage collector may run in any thread
+        thread.join()
     while not producer.ready.empty():
         producer.ready.get()
     producer.ready.put(RuntimeError("MultiCropLoader: asked for a batch after close()"))
@@ -328,8 +334,8 @@ class ImageSource:
 
     def close(self) -> None:
         """Stop DALI's threads and free its memory."""
-        # The pipeline refers to this object in turn. Left to the garbage collector, it may be taken apart in a
-        # child that was forked meanwhile, which then waits for ever for threads that it does not have.
+        # The pipeline refers to this object in turn. Left to the garbage collector, it may be taken apart in
+        # a child that was forked meanwhile, which then waits for ever for threads that it does not have.
         self._pipeline = None
 
     def resolve(self, ids: np.ndarray) -> np.ndarray:
@@ -343,8 +349,7 @@ class ImageSource:
         return ids
 
     def decode_all(self, stop: Callable[[], bool]) -> list[np.ndarray]:
-        """Every image of the manifest, decoded once; returns early, with some missing, when `stop()` turns
-        true."""
+        """Every image of the manifest, decoded once. When `stop()` turns true, those so far."""
         started = time.perf_counter()
         n, batch_size = len(self.manifest), 64
         n_batches = -(-n // batch_size)
@@ -353,12 +358,11 @@ class ImageSource:
             first = index % n_batches * batch_size  # DALI asks for some batches beyond the last
             return np.arange(first, min(first + batch_size, n))
 
-        reader = ImageSource(self.manifest, in_order, batch_size, self._num_threads)
-        reader.replaced = self.replaced
         decoded: list[np.ndarray] = []
-        while len(decoded) < n and not stop():
-            decoded += [image.copy() for image in reader.next()]
-        reader.close()
+        with closing(ImageSource(self.manifest, in_order, batch_size, self._num_threads)) as reader:
+            reader.replaced = self.replaced
+            while len(decoded) < n and not stop():
+                decoded += [image.copy() for image in reader.next()]
         megabytes = sum(image.nbytes for image in decoded) / 2**20
         seconds = time.perf_counter() - started
         log.info("%d images decoded into %.0f MiB of memory in %.1f s", len(decoded), megabytes, seconds)
@@ -454,8 +458,7 @@ def _decoded_bytes(manifest: Manifest, limit: int, num_threads: int) -> int:
 
 
 def free_memory() -> int:
-    """Bytes this process may still allocate: what the machine has available, less if a container grants
-    less."""
+    """Bytes this process may still allocate, by the machine's memory and its container's limit."""
     meminfo = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
     free = int(meminfo["MemAvailable"].split()[0]) * 1024
     for limit, usage, cached in (
