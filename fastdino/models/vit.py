@@ -84,20 +84,19 @@ class Block(nn.Module):
     ) -> Tensor:
         """[T, D] -> [T, D], or the [CLS] rows alone, [crops, D], with ``cls_only``.
 
-        ``drop`` [2, crops] scales the two residual branches of every crop (stochastic depth); none leaves
-        them alone.
+        ``drop`` [T, 2] scales the rows of the two residual branches (stochastic depth), none changes nothing.
         """
         if cls_only:
             y = self.attn.forward_cls(self.norm1(x), groups)
             x = cls_rows(x, groups)
+            drop = None if drop is None else cls_rows(drop, groups)
         else:
             y = self.attn(self.norm1(x), groups)
         if drop is None:
             x = x + y
             return x + self.mlp(self.norm2(x))
-        attn_scale, mlp_scale = drop.unbind(0) if cls_only else per_token(drop, groups).unbind(0)
-        x = torch.addcmul(x, y, attn_scale[:, None])
-        return torch.addcmul(x, self.mlp(self.norm2(x)), mlp_scale[:, None])
+        x = torch.addcmul(x, y, drop[:, :1])
+        return torch.addcmul(x, self.mlp(self.norm2(x)), drop[:, 1:])
 
 
 class VisionTransformer(nn.Module):
@@ -154,18 +153,19 @@ class VisionTransformer(nn.Module):
         resolutions, whose features are returned one after another: [sum of B, D].
         """
         tokens, groups = self.prepare_tokens([x] if isinstance(x, Tensor) else x)
-        drop = self._drop_scales(groups, tokens)
+        drop = self._drop_scales(tokens, groups)
+        *blocks, last = self.blocks
+        for i, block in enumerate(blocks):
+            tokens = block(tokens, groups, drop[i])
         # Nothing but the [CLS] rows leaves the last block, so it computes no others.
-        for i, block in enumerate(self.blocks):
-            tokens = block(tokens, groups, drop[i], cls_only=i == self.depth - 1)
-        return self.norm(tokens)
+        return self.norm(last(tokens, groups, drop[-1], cls_only=True))
 
     def get_intermediate_layers(self, x: Tensor, n: int = 1) -> list[Tensor]:
         """Images [B, C, H, W] -> normalised tokens [B, 1+N, D] of the last ``n`` blocks, deepest last."""
         if not 1 <= n <= self.depth:
             raise ValueError(f"n must be between 1 and the number of blocks ({self.depth}), got {n}")
         tokens, groups = self.prepare_tokens([x])
-        drop = self._drop_scales(groups, tokens)
+        drop = self._drop_scales(tokens, groups)
         outputs = []
         for i, block in enumerate(self.blocks):
             tokens = block(tokens, groups, drop[i])
@@ -176,10 +176,10 @@ class VisionTransformer(nn.Module):
     def get_last_selfattention(self, x: Tensor) -> Tensor:
         """Images [B, C, H, W] -> attention of the last block [B, heads, 1+N, 1+N]; row 0 is [CLS]."""
         tokens, groups = self.prepare_tokens([x])
-        drop = self._drop_scales(groups, tokens)
-        for i, block in enumerate(self.blocks[:-1]):
+        drop = self._drop_scales(tokens, groups)
+        *blocks, last = self.blocks
+        for i, block in enumerate(blocks):
             tokens = block(tokens, groups, drop[i])
-        last = self.blocks[-1]
         assert isinstance(last, Block)
         return attention_map(last.attn.qkv(last.norm1(tokens)), len(x), self.num_heads)
 
@@ -214,8 +214,7 @@ class VisionTransformer(nn.Module):
         num_patches = self.pos_embed.shape[1] - 1
         p = self.patch_size
         h, w = height // p, width // p
-        # The official condition: 225 x 225 pixels take the embeddings as they are, 225 x 224 interpolate
-        # them.
+        # The official condition: 225 x 225 pixels take the embeddings as they are, 225 x 224 do not.
         if h * w == num_patches and height == width:
             return self.pos_embed
         side = math.isqrt(num_patches)
@@ -231,26 +230,22 @@ class VisionTransformer(nn.Module):
             size = f"{x.shape[2]} x {x.shape[3]} pixels"
             raise ValueError(f"images must hold at least one patch of {self.patch_size} pixels, got {size}")
 
-    def _drop_scales(self, groups: Groups, tokens: Tensor) -> list[Tensor | None]:
-        """Per block [2, crops]: 0 drops a residual branch, 1 / (1 - rate) keeps it; none where rate is 0."""
+    def _drop_scales(self, tokens: Tensor, groups: Groups) -> Sequence[Tensor | None]:
+        """Per block [T, 2]: 0 in the rows of a crop whose residual branch is dropped, else 1 / (1 - rate)."""
         if not self.training or self.drop_path_rate == 0.0:
             return [None] * self.depth
-        rates = [self.drop_path_rate * i / max(self.depth - 1, 1) for i in range(self.depth)]
-        crops = sum(n for n, _ in groups)
-        draws = torch.rand(self.depth, 2, crops, device=tokens.device)
-        return [(draws[i] >= r).to(tokens.dtype) / (1 - r) if r > 0 else None for i, r in enumerate(rates)]
+        rates = torch.linspace(0, self.drop_path_rate, self.depth, dtype=tokens.dtype, device=tokens.device)
+        draws = torch.rand(self.depth, sum(crops for crops, _ in groups), 2, device=tokens.device)
+        scales = (draws >= rates[:, None, None]) / (1 - rates)[:, None, None]  # [depth, crops, 2]
+        parts = zip(scales.split([crops for crops, _ in groups], dim=1), groups, strict=True)
+        repeated = [part[:, :, None].expand(-1, -1, n, -1).flatten(1, 2) for part, (_, n) in parts]
+        return join(repeated, dim=1).unbind(0)
 
 
 def cls_rows(x: Tensor, groups: Groups) -> Tensor:
     """[T, D] -> [crops, D]: the first token of every crop."""
     parts = zip(split_groups(x, groups), groups, strict=True)
     return join([part.view(*group, -1)[:, 0] for part, group in parts])
-
-
-def per_token(scale: Tensor, groups: Groups) -> Tensor:
-    """[..., crops] -> [..., T]: the value of every crop repeated for each of its tokens."""
-    parts = zip(scale.split([crops for crops, _ in groups], dim=-1), groups, strict=True)
-    return join([part[..., None].expand(*part.shape, n).flatten(-2) for part, (_, n) in parts], dim=-1)
 
 
 def init_linear(module: nn.Module) -> None:

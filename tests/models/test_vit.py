@@ -307,7 +307,7 @@ def test_stochastic_depth_equals_eager_with_the_same_masks() -> None:
     got = model(crops)
     torch.manual_seed(5)
     rates = torch.tensor([0.0, 0.3, 0.6], dtype=torch.float64).view(3, 1, 1)
-    masks = torch.where(torch.rand(3, 2, 10) < rates, 0.0, 1 / (1 - rates))
+    masks = torch.where(torch.rand(3, 10, 2) < rates, 0.0, 1 / (1 - rates)).transpose(1, 2)
     assert (masks == 0).sum() > 5
     want = torch.cat(
         [eager_forward(model, crops[0], masks[..., :4]), eager_forward(model, crops[1], masks[..., 4:])]
@@ -326,17 +326,25 @@ def test_stochastic_depth_rates() -> None:
     torch.manual_seed(0)
     n = 20_000
     tokens, groups = model.prepare_tokens([torch.zeros(n, 3, 2, 2)])
-    scales = model._drop_scales(groups, tokens)
-    assert scales[0] is None
-    for i in range(1, 5):
-        rate, scale = 0.1 * i, scales[i]
-        assert scale is not None and scale.shape == (2, n)
-        torch.testing.assert_close(scale.unique(), torch.tensor([0.0, 1 / (1 - rate)]))
-        dropped = (scale == 0).double().mean(1)
-        assert (dropped - rate).abs().max() < 4 * math.sqrt(rate * (1 - rate) / n)
-        # The two branches of a block are dropped independently.
-        both = (scale == 0).all(0).double().mean().item()
-        assert abs(both - rate**2) < 4 * math.sqrt(rate**2 / n)
+    scales = model._drop_scales(tokens, groups)
+    for i, scale in enumerate(scales):
+        rate = 0.1 * i
+        assert scale is not None and scale.shape == (2 * n, 2)
+        # Both tokens of a crop share a draw; its two branches, blocks and crops do not.
+        crops = scale.view(n, 2, 2)
+        assert torch.equal(crops[:, 0], crops[:, 1])
+        kept = torch.tensor([1.0]) if i == 0 else torch.tensor([0.0, 1 / (1 - rate)])
+        torch.testing.assert_close(scale.unique(), kept)
+        dropped = crops[:, 0] == 0
+        assert (dropped.double().mean(0) - rate).abs().max() <= 4 * math.sqrt(rate * (1 - rate) / n)
+        both = dropped.all(1).double().mean().item()
+        assert abs(both - rate**2) <= 4 * math.sqrt(rate**2 / n)
+        if i:
+            before = scales[i - 1]
+            assert before is not None
+            joint = (dropped & (before.view(n, 2, 2)[:, 0] == 0)).double().mean().item()
+            expected = rate * (rate - 0.1)
+            assert abs(joint - expected) <= 4 * math.sqrt(expected / n)
 
 
 def test_bf16_autocast_is_close() -> None:
