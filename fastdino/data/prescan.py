@@ -13,10 +13,10 @@ import os
 import sys
 import threading
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
@@ -34,6 +34,7 @@ CACHE_NAME, BAD_NAME = "prescan.npz", "bad_files.txt"
 _CHUNK = 32  # files per task of a thread
 
 log = logging.getLogger(__name__)
+T = TypeVar("T")
 
 
 class Verdict(NamedTuple):
@@ -106,9 +107,8 @@ def header_sizes(paths: list[str], num_threads: int = 0) -> np.ndarray:
         verdict, stream = _open(path)
         return (stream.height, stream.width) if not verdict.reason else (0, 0)
 
-    import_nvimgcodec()
-    with ThreadPoolExecutor(num_threads or os.cpu_count()) as pool:
-        return np.array(list(pool.map(size, paths)), np.int32).reshape(-1, 2)
+    sizes = [size for chunk in _map_chunks(size, paths, num_threads) for size in chunk]
+    return np.array(sizes, np.int32).reshape(-1, 2)
 
 
 def _open(path: str) -> tuple[Verdict, Any]:
@@ -177,27 +177,34 @@ def _scan(
     paths: list[str], indices: list[int], num_threads: int, progress: bool
 ) -> Iterator[tuple[int, Verdict]]:
     """Verdicts of the files at `indices`, as they come in."""
+    position = 0
+    chunks = _map_chunks(inspect, [paths[i] for i in indices], num_threads)
+    for verdicts in _track(chunks, len(indices), progress):
+        yield from zip(indices[position : position + len(verdicts)], verdicts, strict=True)
+        position += len(verdicts)
+
+
+def _map_chunks(function: Callable[[str], T], paths: list[str], num_threads: int) -> Iterator[list[T]]:
+    """`function` of every path, computed by threads, in order and in chunks."""
     import_nvimgcodec()  # a missing package is an error here, not in a thread
-    chunks = [indices[k : k + _CHUNK] for k in range(0, len(indices), _CHUNK)]
+    chunks = [paths[k : k + _CHUNK] for k in range(0, len(paths), _CHUNK)]
     with ThreadPoolExecutor(num_threads or os.cpu_count(), thread_name_prefix="prescan") as pool:
-        results = pool.map(lambda chunk: [inspect(paths[i]) for i in chunk], chunks)
         try:
-            for chunk, verdicts in zip(_track(chunks, progress), results, strict=True):
-                yield from zip(chunk, verdicts, strict=True)
-        except BaseException:
+            yield from pool.map(lambda chunk: [function(path) for path in chunk], chunks)
+        except BaseException:  # above all Ctrl-C: do not wait for the rest
             pool.shutdown(cancel_futures=True)
             raise
 
 
-def _track(chunks: list[list[int]], progress: bool) -> Iterator[list[int]]:
-    """The chunks, with a progress bar that counts files."""
+def _track(chunks: Iterator[list[T]], total: int, progress: bool) -> Iterator[list[T]]:
+    """The chunks, with a progress bar that counts what is in them."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     console = Console(stderr=True)
     columns = (TextColumn("checking images"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, disable=not (progress and sys.stderr.isatty())) as bar:
-        task = bar.add_task("", total=sum(map(len, chunks)))
+        task = bar.add_task("", total=total)
         for chunk in chunks:
             yield chunk
             bar.advance(task, len(chunk))
