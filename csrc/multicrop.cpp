@@ -12,7 +12,10 @@
 namespace fdk::crop {
 namespace {
 
-enum Column { kY, kX, kH, kW, kFlip, kJitter, kBrightness, kContrast, kSaturation, kHue, kOrder, kGray, kSigma, kSolarize, kColumns = 16 };
+enum Column {  // of a row of parameters
+    kY, kX, kH, kW, kFlip, kJitter, kBrightness, kContrast, kSaturation, kHue, kOrder, kGray, kSigma, kSolarize,
+    kColumns = 16
+};
 
 std::atomic<int> most{kAvx512};
 
@@ -36,7 +39,8 @@ void jitter(uint8_t* planes, int64_t count, const float* row) {
 
 void augment(const Image& image, const float* row, int size, uint8_t* planes) {
     const int64_t count = static_cast<int64_t>(size) * size;
-    const Box box{static_cast<int>(row[kY]), static_cast<int>(row[kX]), static_cast<int>(row[kH]), static_cast<int>(row[kW])};
+    const auto pixels = [row](Column column) { return static_cast<int>(row[column]); };
+    const Box box{pixels(kY), pixels(kX), pixels(kH), pixels(kW)};
     resize(image, box, size, row[kFlip] != 0, planes);
     if (row[kJitter] != 0) jitter(planes, count, row);
     if (row[kGray] != 0) gray(planes, count);
@@ -72,8 +76,8 @@ extern "C" int fdk_multicrop_limit_simd(int level) {
 }
 
 // images: n pointers to [height][width][3] bytes; sizes: n times (height, width); params: float [n][views][16];
-// outs: pointers to [n][3][S][S] items of item_size (2 or 4) bytes, S = out_sizes[view]; table: item [3][256], what each
-// value becomes. 0: done, 1: bad item_size, 2: out of memory.
+// outs: a pointer for each view to [n][3][S][S] items of item_size (2 or 4) bytes, S = out_sizes[view];
+// table: item [3][256], what each value becomes. Returns 0: done, 1: bad item_size, 2: out of memory.
 extern "C" int fdk_multicrop(int64_t n, const uint8_t* const* images, const int32_t* sizes, int64_t views,
                              const float* params, void* const* outs, const int32_t* out_sizes, const void* table,
                              int item_size, int num_threads) {
@@ -82,11 +86,12 @@ extern "C" int fdk_multicrop(int64_t n, const uint8_t* const* images, const int3
     const size_t channel = 256 * static_cast<size_t>(item_size);  // bytes of one channel of the table
     try {
         // Solarization is part of the second table: value v becomes what 255 - v does, from 128 on.
-        std::vector<uint8_t> solarized(3 * channel);
+        const uint8_t* normal = static_cast<const uint8_t*>(table);
+        std::vector<uint8_t> solarized(normal, normal + 3 * channel);
         for (size_t c = 0; c < 3; ++c)
-            for (size_t v = 0; v < 256; ++v)
-                std::memcpy(&solarized[c * channel + v * item_size],
-                            static_cast<const uint8_t*>(table) + c * channel + (v < 128 ? v : 255 - v) * item_size, item_size);
+            for (size_t v = 128; v < 256; ++v)
+                std::memcpy(&solarized[c * channel + v * item_size], normal + c * channel + (255 - v) * item_size,
+                            item_size);
 
         fdk::parallel_for_dynamic(n * views, num_threads, [&](int64_t task) {
             static thread_local Buffer<uint8_t> memory;
@@ -97,7 +102,7 @@ extern "C" int fdk_multicrop(int64_t n, const uint8_t* const* images, const int3
             uint8_t* planes = memory.need(3 * count);
             augment({images[i], sizes[2 * i], sizes[2 * i + 1]}, row, size, planes);
 
-            const uint8_t* values = row[kSolarize] != 0 ? solarized.data() : static_cast<const uint8_t*>(table);
+            const uint8_t* values = row[kSolarize] != 0 ? solarized.data() : normal;
             uint8_t* out = static_cast<uint8_t*>(outs[view]) + i * 3 * count * item_size;
             for (int c = 0; c < 3; ++c)
                 lookup(planes + c * count, count, values + c * channel, item_size, out + c * count * item_size);

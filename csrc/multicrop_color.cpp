@@ -37,7 +37,8 @@ void blend_constant(uint8_t* p, int64_t count, float base, float factor) {
     if (!remap(p, count, table)) blend_bytes(p, count, base, factor);
 }
 
-FDK_CLONES int64_t luma_sum(const uint8_t* __restrict r, const uint8_t* __restrict g, const uint8_t* __restrict b, int64_t count) {
+FDK_CLONES int64_t luma_sum(const uint8_t* __restrict r, const uint8_t* __restrict g, const uint8_t* __restrict b,
+                            int64_t count) {
     int64_t sum = 0;
     for (int64_t begin = 0; begin < count; begin += kBlock) {
         const int64_t end = std::min(begin + kBlock, count);
@@ -48,7 +49,8 @@ FDK_CLONES int64_t luma_sum(const uint8_t* __restrict r, const uint8_t* __restri
     return sum;
 }
 
-FDK_CLONES void blend_luma(uint8_t* __restrict r, uint8_t* __restrict g, uint8_t* __restrict b, int64_t count, float factor) {
+FDK_CLONES void blend_luma(uint8_t* __restrict r, uint8_t* __restrict g, uint8_t* __restrict b, int64_t count,
+                           float factor) {
     for (int64_t i = 0; i < count; ++i) {
         const float base = static_cast<float>(luma_of(r[i], g[i], b[i]));
         const int red = blend(base, r[i], factor), green = blend(base, g[i], factor), blue = blend(base, b[i], factor);

@@ -1,7 +1,7 @@
-// Tables of 256 items: out[i] = table[bytes[i]]. Items of 2 or 4 bytes are the normalised value of every 8-bit value.
+// Tables of 256 items: out[i] = table[bytes[i]].
 //
-// AVX-512 VBMI looks 64 bytes up in a table of 128; two of those and a choice by the highest bit make 256. Wider items are
-// looked up byte by byte and interleaved.
+// AVX-512 VBMI looks 64 bytes up in a table of 128; two of those and a choice by the highest bit make 256. Wider items
+// are looked up byte by byte and interleaved.
 
 #include <cstring>
 
@@ -56,8 +56,8 @@ FDK_VBMI int64_t remap_vbmi(uint8_t* bytes, int64_t count, const uint8_t* table)
 
 FDK_VBMI int64_t lookup_vbmi(const uint8_t* bytes, int64_t count, const uint16_t* table, uint16_t* out) {
     const Table t0 = load_plane(table, 0), t1 = load_plane(table, 1);
-    // Interleaving works in lanes of 16 bytes: lane k gets the eights number k and k + 4, so that the low halves give the
-    // first 32 items and the high halves the last.
+    // Interleaving works in lanes of 16 bytes: lane k gets the eights number k and k + 4, so that the low halves give
+    // the first 32 items and the high halves the last.
     const __m512i order = _mm512_setr_epi64(0, 4, 1, 5, 2, 6, 3, 7);
     int64_t i = 0;
     for (; i + 64 <= count; i += 64) {
@@ -70,7 +70,8 @@ FDK_VBMI int64_t lookup_vbmi(const uint8_t* bytes, int64_t count, const uint16_t
 }
 
 FDK_VBMI int64_t lookup_vbmi(const uint8_t* bytes, int64_t count, const uint32_t* table, uint32_t* out) {
-    const Table t0 = load_plane(table, 0), t1 = load_plane(table, 1), t2 = load_plane(table, 2), t3 = load_plane(table, 3);
+    const Table t0 = load_plane(table, 0), t1 = load_plane(table, 1);
+    const Table t2 = load_plane(table, 2), t3 = load_plane(table, 3);
     // As above with fours: lane k gets the fours number k, k + 4, k + 8 and k + 12.
     const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
     int64_t i = 0;
@@ -102,7 +103,7 @@ void lookup_items(const uint8_t* bytes, int64_t count, const void* table, void* 
 
 }  // namespace
 
-bool remap(uint8_t* bytes, int64_t count, const uint8_t* table) {
+bool remap([[maybe_unused]] uint8_t* bytes, [[maybe_unused]] int64_t count, [[maybe_unused]] const uint8_t* table) {
 #if defined(__x86_64__)
     if (simd() == kAvx512) {
         const int64_t done = remap_vbmi(bytes, count, table);

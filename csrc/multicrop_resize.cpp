@@ -1,5 +1,5 @@
-// Antialiased bicubic resize in two passes with 22-bit integer weights and 8 bits between the passes, as Pillow 13 does:
-// the results are the same to the bit.
+// Antialiased bicubic resize in two passes with 22-bit integer weights and 8 bits between the passes, as in Pillow 13,
+// with the same results to the bit.
 
 #include "multicrop_resize.h"
 
@@ -37,7 +37,8 @@ FDK_CLONES void to_fixed(const double* __restrict row, int* __restrict value, in
 
 FDK_INLINE uint8_t to_byte(int sum) { return static_cast<uint8_t>(std::min(std::max(sum >> kBits, 0), 255)); }
 
-void across_plain(const uint8_t* const* rows, int count, const Weights& w, const Packed&, int pitch, uint8_t* lines) {
+void across_plain(const uint8_t* const* rows, int count, const Weights& w, const Packed&, int pitch,
+                  uint8_t* lines) {
     for (int y = 0; y < count; ++y, lines += 3 * static_cast<size_t>(pitch)) {
         for (int o = 0; o < w.size; ++o) {
             const uint8_t* p = rows[y] + 3 * w.first[o];
@@ -83,7 +84,7 @@ struct Scratch {
 };
 
 // The kernels for this processor, with the weights in the form they read.
-void prepare(Scratch& s, int pitch, Across& across, Down& down) {
+void prepare(Scratch& s, Across& across, Down& down) {
     across = across_plain;
     down = down_plain;
 #if defined(__x86_64__)
@@ -91,7 +92,7 @@ void prepare(Scratch& s, int pitch, Across& across, Down& down) {
     if (level == kAvx512) {
         pack_digits(s.down, s.down_packed);
         down = down_avx512;
-        if (pack_blocks(s.across, pitch, s.across_packed)) {
+        if (pack_blocks(s.across, s.across_packed)) {
             across = across_avx512;
             return;
         }
@@ -104,7 +105,7 @@ void prepare(Scratch& s, int pitch, Across& across, Down& down) {
         across = across_avx2;
     }
 #else
-    (void)s, (void)pitch;
+    (void)s;
 #endif
 }
 
@@ -163,7 +164,7 @@ void resize(const Image& image, const Box& box, int size, bool flip, uint8_t* pl
     s.down.compute(box.height, size, false);
     Across across;
     Down down;
-    prepare(s, pitch, across, down);
+    prepare(s, across, down);
     const uint8_t** rows = box_rows(image, box, s);
     const size_t line_bytes = 3 * static_cast<size_t>(pitch);
     uint8_t* line = s.line.need(line_bytes + kSlack);

@@ -1,16 +1,16 @@
 // Between multicrop_resize.cpp and its hand-written kernels in multicrop_resize_x86.cpp.
 //
-// A pass in the first direction ("across") turns rows of interleaved RGB into lines of three planes: R, G and B, each
-// `pitch` bytes, pitch = size rounded up to 16. A pass in the second direction ("down") makes the bytes of one output line
-// from the same bytes of several input lines, whatever these hold.
+// The horizontal pass ("across") turns rows of interleaved RGB into lines of three planes: R, G and B, each `pitch` bytes,
+// pitch = size rounded up to 16. The vertical pass ("down") makes the bytes of one output line from the same bytes of
+// several input lines, whatever these hold. So either may come first.
 #pragma once
 
 #include "multicrop.h"
 
 namespace fdk::crop {
 
-constexpr int kBits = 22;      // weights are in units of 2**-kBits
-constexpr size_t kSlack = 256;  // the kernels read at most so many bytes beyond the last pixel of a row
+constexpr int kBits = 22;  // weights are in units of 2**-kBits
+constexpr size_t kSlack = 256;
 
 // Weight of input first[o] + t in output o: value[o * taps + t] for t < count[o]; zero up to taps, a multiple of 4.
 struct Weights {
@@ -26,20 +26,28 @@ private:
 
 // The same in the form that the vector kernels read.
 struct Packed {
-    Buffer<int> words;
-    Buffer<uint8_t> blocks;
+    int* words = nullptr;       // by output
+    uint8_t* blocks = nullptr;  // by 16 outputs, 64-byte aligned
+
+    Buffer<int> words_memory;
+    Buffer<uint8_t> blocks_memory;
 };
 
-using Across = void (*)(const uint8_t* const* rows, int count, const Weights& w, const Packed& packed, int pitch, uint8_t* lines);
-using Down = void (*)(const uint8_t* const* rows, const Weights& w, const Packed& packed, int o, int bytes, uint8_t* line);
+// Both read the rows, and write the line, up to kSlack bytes beyond what they are about.
+using Across = void (*)(const uint8_t* const* rows, int count, const Weights& w, const Packed& packed, int pitch,
+                        uint8_t* lines);
+using Down = void (*)(const uint8_t* const* rows, const Weights& w, const Packed& packed, int o, int bytes,
+                      uint8_t* line);
 
 #if defined(__x86_64__)
 void pack_pairs(const Weights& w, Packed& packed);
-void across_avx2(const uint8_t* const* rows, int count, const Weights& w, const Packed& packed, int pitch, uint8_t* lines);
+void across_avx2(const uint8_t* const* rows, int count, const Weights& w, const Packed& packed, int pitch,
+                 uint8_t* lines);
 void down_avx2(const uint8_t* const* rows, const Weights& w, const Packed& packed, int o, int bytes, uint8_t* line);
 
-bool pack_blocks(const Weights& w, int pitch, Packed& packed);  // false: the outputs are too far apart for across_avx512
-void across_avx512(const uint8_t* const* rows, int count, const Weights& w, const Packed& packed, int pitch, uint8_t* lines);
+bool pack_blocks(const Weights& w, Packed& packed);  // false: the outputs are too far apart for across_avx512
+void across_avx512(const uint8_t* const* rows, int count, const Weights& w, const Packed& packed, int pitch,
+                   uint8_t* lines);
 void pack_digits(const Weights& w, Packed& packed);
 void down_avx512(const uint8_t* const* rows, const Weights& w, const Packed& packed, int o, int bytes, uint8_t* line);
 #endif

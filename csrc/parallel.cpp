@@ -4,8 +4,8 @@
 #include <atomic>
 #include <condition_variable>
 #include <exception>
-#include <memory>
 #include <mutex>
+#include <system_error>
 #include <thread>
 #include <vector>
 
@@ -104,24 +104,16 @@ private:
 std::atomic<Pool*> current{nullptr};
 
 #if defined(__unix__) || defined(__APPLE__)
-// The child of fork() has none of the workers, and locks in an unknown state: it forgets the pool (a few hundred bytes).
-void forget_pool() { current.store(nullptr); }
+// The child of fork() has none of the workers and locks in an unknown state: it forgets the pool (some hundred bytes).
+[[maybe_unused]] const int registered = pthread_atfork(nullptr, nullptr, [] { current.store(nullptr); });
 #endif
 
 Pool& pool() {
-    static std::mutex mutex;
     Pool* found = current.load();
     if (found != nullptr) return *found;
-    std::lock_guard<std::mutex> lock(mutex);
-    found = current.load();
-    if (found == nullptr) {
-#if defined(__unix__) || defined(__APPLE__)
-        static const int registered = pthread_atfork(nullptr, nullptr, forget_pool);
-        (void)registered;
-#endif
-        found = new Pool;
-        current.store(found);
-    }
+    Pool* made = new Pool;  // never destroyed: workers may outlive main()
+    if (current.compare_exchange_strong(found, made)) return *made;
+    delete made;  // another thread was faster
     return *found;
 }
 

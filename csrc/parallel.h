@@ -1,6 +1,6 @@
 // One pool of threads for every kernel of the library.
 //
-// parallel_for(n, threads, f)          f(begin, end) on equal contiguous parts of [0, n): the parts depend on n and threads only
+// parallel_for(n, threads, f)          f(begin, end) on equal contiguous parts of [0, n), as many as threads
 // parallel_for_dynamic(n, threads, f)  f(i) for every i of [0, n), each taken by the next free thread
 //
 // The calling thread works too. Why not OpenMP: torch ships its own libgomp, and two pools that spin for work slow each
