@@ -78,7 +78,7 @@ def write_pickle(path: str | os.PathLike[str], contents: Any) -> None:
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        with open(temporary, "xb") as file:
+        with open(temporary, "wb") as file:
             torch.save(contents, file)
             file.flush()
             os.fsync(file.fileno())
