@@ -22,7 +22,7 @@ from torch import Tensor
 
 from . import reference
 from .backend import resolve
-from .native import call, empty_like, int64, pointer
+from .native import call, int64, on_huge_pages, pointer
 from .reference import DinoLoss
 from .validate import check_no_grad, check_temperature, check_tensor, check_views
 
@@ -131,7 +131,7 @@ def _backward(
     n_global: int,
 ) -> Tensor:
     """-> gradient of the student's logits, [V*B, K] in their dtype."""
-    out = empty_like(student)
+    out = on_huge_pages(torch.empty_like(student))
     temps = (student_temp.item(), teacher_temp.item())
     write_gradient(
         out, state, grad_loss.item(), student, teacher, center, _shape(student, teacher, n_global), temps

@@ -11,7 +11,7 @@ from torch import Tensor
 from . import csrc
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # codes of the C interface
-_HUGE_PAGES_FROM = 8 << 20  # bytes
+_HUGE_PAGES_FROM = 4 << 20  # bytes
 
 
 def call(name: str, *arguments: object) -> None:
@@ -38,9 +38,8 @@ def sizes(tensors: Sequence[Tensor]) -> ctypes.Array[ctypes.c_int64]:
     return (ctypes.c_int64 * len(tensors))(*(x.numel() for x in tensors))
 
 
-def empty_like(x: Tensor) -> Tensor:
-    """Uninitialised contiguous tensor, on huge pages if it is large."""
-    out = torch.empty_like(x, memory_format=torch.contiguous_format)
-    if out.nbytes >= _HUGE_PAGES_FROM:
-        call("fdk_advise_huge_pages", pointer(out), *int64(out.nbytes))
-    return out
+def on_huge_pages(x: Tensor) -> Tensor:
+    """``x``, fresh and not yet written to; if it is large, the system is asked for huge pages under it."""
+    if x.nbytes >= _HUGE_PAGES_FROM:
+        call("fdk_advise_huge_pages", pointer(x), *int64(x.nbytes))
+    return x

@@ -15,13 +15,13 @@ from torch import Tensor
 
 from . import reference
 from .backend import resolve
-from .native import DTYPES, call, empty_like, int64, pointer
+from .native import DTYPES, call, int64, on_huge_pages, pointer
 from .validate import check_tensor
 
 
 @torch.library.custom_op("fastdino::normalize_weight_fwd", mutates_args=(), device_types="cpu")
 def _forward(weight_v: Tensor, weight_g: Tensor, dtype: torch.dtype) -> Tensor:
-    out = empty_like(weight_v) if dtype == weight_v.dtype else torch.empty(weight_v.shape, dtype=dtype)
+    out = on_huge_pages(torch.empty_like(weight_v, dtype=dtype))
     arrays = map(pointer, (weight_v, weight_g, out))
     call("fdk_normalize_weight", *arrays, *int64(*weight_v.shape), ctypes.c_int(DTYPES[dtype]))
     return out
@@ -34,7 +34,7 @@ def _(weight_v: Tensor, weight_g: Tensor, dtype: torch.dtype) -> Tensor:
 
 @torch.library.custom_op("fastdino::normalize_weight_bwd", mutates_args=(), device_types="cpu")
 def _backward(grad: Tensor, weight_v: Tensor, weight_g: Tensor) -> tuple[Tensor, Tensor]:
-    dv, dg = empty_like(weight_v), torch.empty_like(weight_g)
+    dv, dg = on_huge_pages(torch.empty_like(weight_v)), torch.empty_like(weight_g)
     arrays = map(pointer, (grad, weight_v, weight_g, dv, dg))
     call("fdk_normalize_weight_gradient", *arrays, *int64(*weight_v.shape), ctypes.c_int(DTYPES[grad.dtype]))
     return dv, dg

@@ -22,7 +22,7 @@ from torch import Tensor
 from . import reference
 from .backend import resolve
 from .dino_loss import add_statistics, new_state, result, state_size, temperature, write_gradient
-from .native import empty_like
+from .native import on_huge_pages
 from .reference import PrototypeLoss
 from .validate import check_no_grad, check_temperature, check_tensor, check_views
 
@@ -61,7 +61,7 @@ def _forward(
     shape, temps = (images, rows // images, n_global), (student_temp.item(), teacher_temp.item())
     z, y = student_z.to(dtype), teacher_z.to(dtype)
     keeps = needs_grad and _keeps(k, rows + teacher_rows, dtype)
-    kept = torch.empty((rows + teacher_rows) * k if keeps else 0, dtype=dtype)
+    kept = on_huge_pages(torch.empty((rows + teacher_rows) * k if keeps else 0, dtype=dtype))
     batch_center = torch.empty(k, dtype=torch.float32)
     state = new_state(*shape)
     buffer = kept
@@ -126,7 +126,7 @@ def _backward(
     shape, temps = (images, rows // images, n_global), (student_temp.item(), teacher_temp.item())
     z, y, scale = student_z.to(dtype), teacher_z.to(dtype), grad_loss.item()
     dz = torch.zeros((rows, d) if needs_z else 0, dtype=torch.float32)
-    dw = empty_like(student_weight) if needs_weight else student_weight.new_empty(0)
+    dw = on_huge_pages(torch.empty_like(student_weight) if needs_weight else student_weight.new_empty(0))
     direct = dw.dtype == dtype
     chunk = torch.empty(0, dtype=dtype)
     for columns in _chunks(k, rows + teacher_rows, d, dtype):
