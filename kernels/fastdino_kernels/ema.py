@@ -26,13 +26,14 @@ def _is_dense(x: Tensor) -> bool:
     return torch.ops.aten.is_non_overlapping_and_dense(x)
 
 
-def ema_update_(teacher: Sequence[Tensor], student: Sequence[Tensor], momentum: float) -> None:
+def ema_update_(teacher: Sequence[Tensor], student: Sequence[Tensor], momentum: float | Tensor) -> None:
     """``teacher <- momentum * teacher + (1 - momentum) * student`` for lists of tensors, in place.
 
     Teachers are fp32 (other dtypes take the eager path), students fp32, bf16 or fp16; no autograd.
     """
     if len(teacher) != len(student):
         raise ValueError(f"student: expected {len(teacher)} tensors, as many as teacher, got {len(student)}")
+    momentum = float(momentum)
     if not 0 <= momentum <= 1:
         raise ValueError(f"momentum: expected a number in [0, 1], got {momentum}")
     for i, (t, s) in enumerate(zip(teacher, student, strict=True)):

@@ -50,7 +50,7 @@ def test_ema_ends_are_exact_and_parameters_are_taken(library: object) -> None:
     student = torch.nn.Parameter(torch.randn(100))
     teacher = torch.randn(100)
     before = teacher.clone()
-    ema_update_([teacher], [student], 1.0)
+    ema_update_([teacher], [student], torch.tensor(1.0))
     assert torch.equal(teacher, before)
     ema_update_([teacher], [student], 0.0)
     assert torch.equal(teacher, student)
