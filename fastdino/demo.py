@@ -24,16 +24,17 @@ def _baseline_backbone(config: Config) -> Any:
     return DINO(config).teacher.backbone
 
 
-def run(out: Path, **flags: Any) -> dict[str, Any]:
+def run(out: Path, *, n_train: int = 5000, n_val: int = 1000, **flags: Any) -> dict[str, Any]:
     """Draw the images (once), train, measure and report in ``out``; returns the figures of the closing table.
 
-    ``flags`` override the preset ``demo``. Figures are percentages on the held-out images: ``knn`` maps raw
-    pixels, untrained and trained to top-1 by number of neighbours, ``jaccard`` untrained and trained to the
-    overlap of the best head's attention mask with the object. """
+    ``n_train`` and ``n_val`` are numbers of images; ``flags`` override the preset ``demo``. Figures are percentages
+    on the held-out images: ``knn`` maps raw pixels, untrained and trained to top-1 by number of neighbours,
+    ``jaccard`` untrained and trained to the overlap of the best head's attention mask with the object.
+    """
     from fastdino.data.demo import write_demo
 
     started = time.monotonic()
-    images = write_demo(out / "images", num_threads=2)
+    images = write_demo(out / "images", n_train=n_train, n_val=n_val)
     config = config_from_flags(
         preset="demo",
         data_path=str(images / "train"),
