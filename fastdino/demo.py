@@ -27,10 +27,10 @@ def _baseline_backbone(config: Config) -> Any:
 def run(out: Path, *, n_train: int = 5000, n_val: int = 1000, **flags: Any) -> dict[str, Any]:
     """Draw the images (once), train, measure and report in ``out``; returns the figures of the closing table.
 
-    ``n_train`` and ``n_val`` are numbers of images; ``flags`` override the preset ``demo``. Figures are percentages
-    on the held-out images: ``knn`` maps raw pixels, untrained and trained to top-1 by number of neighbours,
-    ``jaccard`` untrained and trained to the overlap of the best head's attention mask with the object.
-    """
+    ``n_train`` and ``n_val`` are numbers of images; ``flags`` override the preset ``demo``. Figures are
+    percentages on the held-out images: ``knn`` maps raw pixels, untrained and trained to top-1 by number of
+    neighbours, ``jaccard`` untrained and trained to the overlap of the best head's attention mask with the
+    object. """
     from fastdino.data.demo import write_demo
 
     started = time.monotonic()

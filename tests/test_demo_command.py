@@ -11,7 +11,11 @@ from fastdino import demo
 def figures(tmp_path_factory):
     out = tmp_path_factory.mktemp("demo") / "run"
     short = {"max_steps": 3, "batch_size_per_gpu": 8, "num_workers": 1, "device": "cpu", "logger": "none"}
-    violent = {"lr": 0.3, "warmup_epochs": 0, "momentum_teacher": 0.0}  # three steps must visibly change the teacher
+    violent = {
+        "lr": 0.3,
+        "warmup_epochs": 0,
+        "momentum_teacher": 0.0,
+    }  # three steps must visibly change the teacher
     return demo.run(out, n_train=80, n_val=30, **short, **violent)
 
 
@@ -23,13 +27,17 @@ def test_the_whole_command_ends_in_a_report(figures):
 
 
 def test_figures_are_those_of_the_log(figures):
-    records = [json.loads(line) for line in (figures["report"].parent / "eval.jsonl").read_text().splitlines()]
+    records = [
+        json.loads(line) for line in (figures["report"].parent / "eval.jsonl").read_text().splitlines()
+    ]
     assert records[0]["step"] == 0 and "raw_pixels" in records[0]
     assert figures["knn"]["trained"] == [r for r in records if "knn" in r][-1]["knn"]
     assert figures["jaccard"] == [r for r in records if "jaccard" in r][-1]["jaccard"]
     for scores in [*figures["knn"].values(), figures["jaccard"]]:
         assert all(0.0 <= value <= 100.0 for value in scores.values())
-    assert figures["jaccard"]["trained"] != figures["jaccard"]["untrained"]  # two different networks were measured
+    assert (
+        figures["jaccard"]["trained"] != figures["jaccard"]["untrained"]
+    )  # two networks
 
 
 def test_the_table_shows_every_figure(figures, capsys):
