@@ -23,18 +23,28 @@ from . import reference
 from .backend import resolve
 from .dino_loss import add_statistics, new_state, result, state_size, temperature, write_gradient
 from .native import on_huge_pages
+from .operators import operator
 from .reference import PrototypeLoss
 from .validate import check_no_grad, check_temperature, check_tensor, check_views
 
 BLOCK = 4096  # columns per work item of the kernels; chunks are multiples of it
-CHUNK_BYTES = 12 << 20  # of logits and converted weights per chunk; each chunk costs some 10 thread barriers
+CHUNK_BYTES = 12 << 20  # allocated per chunk; each chunk costs some 10 barriers of torch's threads
 KEEP_BYTES = 32 << 20  # logits up to this size are kept for the backward
 
 
-def _chunks(k: int, rows: int, d: int, dtype: torch.dtype) -> Iterator[slice]:
-    """Slices of the K columns, for ``rows`` rows of logits and two weights of width ``d`` in ``dtype``."""
-    blocks = CHUNK_BYTES // ((rows + 2 * d) * dtype.itemsize * BLOCK)
-    size = max(1, blocks) * BLOCK
+def _chunks(
+    student_z: Tensor,
+    student_weight: Tensor,
+    teacher_z: Tensor,
+    teacher_weight: Tensor,
+    dtype: torch.dtype,
+    keeps: bool,
+) -> Iterator[slice]:
+    """Slices of the K columns, by what each allocates: logits (dx if those are kept) and converted weights."""
+    k, d = student_weight.shape
+    rows = len(student_z) + (0 if keeps else len(teacher_z))
+    converted = (student_weight.dtype != dtype) + (teacher_weight.dtype != dtype)
+    size = max(1, CHUNK_BYTES // ((rows + converted * d) * dtype.itemsize * BLOCK)) * BLOCK
     return (slice(begin, min(begin + size, k)) for begin in range(0, k, size))
 
 
@@ -42,7 +52,7 @@ def _keeps(k: int, rows: int, dtype: torch.dtype) -> bool:
     return rows * k * dtype.itemsize <= KEEP_BYTES
 
 
-@torch.library.custom_op("fastdino::prototype_loss_fwd", mutates_args=(), device_types="cpu")
+@operator("fastdino::prototype_loss_fwd")
 def _forward(
     student_z: Tensor,
     student_weight: Tensor,
@@ -56,7 +66,7 @@ def _forward(
     needs_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """-> loss [], entropy [], batch center [K], state, logits kept for the backward (by blocks, or [0])."""
-    (rows, d), (teacher_rows, _), k = student_z.shape, teacher_z.shape, len(center)
+    rows, teacher_rows, k = len(student_z), len(teacher_z), len(center)
     images = teacher_rows // n_global
     shape, temps = (images, rows // images, n_global), (student_temp.item(), teacher_temp.item())
     z, y = student_z.to(dtype), teacher_z.to(dtype)
@@ -65,7 +75,7 @@ def _forward(
     batch_center = torch.empty(k, dtype=torch.float32)
     state = new_state(*shape)
     buffer = kept
-    for columns in _chunks(k, rows + teacher_rows, d, dtype):
+    for columns in _chunks(student_z, student_weight, teacher_z, teacher_weight, dtype, keeps):
         if keeps:
             buffer = kept[(rows + teacher_rows) * columns.start :]
         elif columns.start == 0:
@@ -78,7 +88,7 @@ def _forward(
     return *result(state, shape), batch_center, state, kept
 
 
-@_forward.register_fake
+@torch.library.register_fake(_forward)
 def _(
     student_z: Tensor,
     student_weight: Tensor,
@@ -103,7 +113,7 @@ def _(
     )
 
 
-@torch.library.custom_op("fastdino::prototype_loss_bwd", mutates_args=(), device_types="cpu")
+@operator("fastdino::prototype_loss_bwd")
 def _backward(
     grad_loss: Tensor,
     student_z: Tensor,
@@ -121,23 +131,25 @@ def _backward(
     needs_weight: bool,
 ) -> tuple[Tensor, Tensor]:
     """-> dz, dW in the dtypes of z and W, [0] where not needed."""
-    (rows, d), (teacher_rows, _), k = student_z.shape, teacher_z.shape, len(center)
+    rows, teacher_rows = len(student_z), len(teacher_z)
     images = teacher_rows // n_global
     shape, temps = (images, rows // images, n_global), (student_temp.item(), teacher_temp.item())
     z, y, scale = student_z.to(dtype), teacher_z.to(dtype), grad_loss.item()
-    dz = torch.zeros((rows, d) if needs_z else 0, dtype=torch.float32)
+    dz = torch.zeros(student_z.shape if needs_z else 0, dtype=torch.float32)
     dw = on_huge_pages(torch.empty_like(student_weight) if needs_weight else student_weight.new_empty(0))
     direct = dw.dtype == dtype
+    keeps = len(kept) > 0
     chunk = torch.empty(0, dtype=dtype)
-    for columns in _chunks(k, rows + teacher_rows, d, dtype):
+    for columns in _chunks(student_z, student_weight, teacher_z, teacher_weight, dtype, keeps):
         weight = student_weight[columns].to(dtype)
         if len(chunk) == 0:
-            chunk = torch.empty((rows + teacher_rows) * columns.stop, dtype=dtype)
-        dx, t = _views(chunk, rows, teacher_rows, columns)
-        x = dx  # logits made again are overwritten by their gradient, kept ones are not
-        if len(kept) > 0:
+            chunk = torch.empty((rows + (0 if keeps else teacher_rows)) * columns.stop, dtype=dtype)
+        if keeps:
             x, t = _views(kept[(rows + teacher_rows) * columns.start :], rows, teacher_rows, columns)
+            dx = chunk[: x.numel()].view_as(x)
         else:
+            x, t = _views(chunk, rows, teacher_rows, columns)
+            dx = x  # logits made again are overwritten by their gradient
             torch.mm(z, weight.t(), out=x)
             torch.mm(y, teacher_weight[columns].to(dtype).t(), out=t)
         write_gradient(dx, state, scale, x, t, center[columns], shape, temps)
@@ -150,7 +162,7 @@ def _backward(
     return dz.to(student_z.dtype), dw
 
 
-@_backward.register_fake
+@torch.library.register_fake(_backward)
 def _(
     grad_loss: Tensor,
     student_z: Tensor,
@@ -186,7 +198,7 @@ def _autograd(ctx, grad_loss, *_):  # type: ignore[no-untyped-def]
     return (dz if needs_z else None, dw if needs_weight else None, *(None,) * 8)
 
 
-_forward.register_autograd(_autograd, setup_context=_setup_context)
+torch.library.register_autograd(_forward, _autograd, setup_context=_setup_context)
 
 
 def _views(buffer: Tensor, rows: int, teacher_rows: int, columns: slice) -> tuple[Tensor, Tensor]:
