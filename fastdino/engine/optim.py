@@ -69,7 +69,8 @@ class Updater:
         return [p for group in self.optimizer.param_groups for p in group["params"]]
 
     def zero_grad(self) -> None:
-        self.optimizer.zero_grad(set_to_none=True)
+        for parameter in self.parameters():
+            parameter.grad = None
 
     def step(self, hyper: Hyper, *, grad_scale: float = 1.0, skip: bool = False) -> Update:
         """Apply the gradients (divided by ``grad_scale``) and move the teacher; with ``skip`` or a non-finite

@@ -16,6 +16,7 @@ reads p, g, m, v, t and writes p, m, v, t: 36 bytes per fp32 parameter, where th
 from __future__ import annotations
 
 import ctypes
+import inspect
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -100,7 +101,9 @@ class AdamWEMA(torch.optim.Optimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         if hasattr(self, "_teachers"):
             raise ValueError("add_param_group: groups are fixed once their teachers are matched")
-        super().add_param_group(param_group)
+        # torch's decorator keeps torch.compile out of this method by importing all of it, which takes longer
+        # than the rest of the start; nobody compiles this.
+        inspect.unwrap(torch.optim.Optimizer.add_param_group)(self, param_group)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take the state of an :class:`AdamWEMA` or a ``torch.optim.AdamW`` over the same groups."""

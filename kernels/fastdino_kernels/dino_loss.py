@@ -23,6 +23,7 @@ from torch import Tensor
 from . import reference
 from .backend import resolve
 from .native import call, int64, on_huge_pages, pointer
+from .operators import operator
 from .reference import DinoLoss
 from .validate import check_no_grad, check_temperature, check_tensor, check_views
 
@@ -88,7 +89,7 @@ def _logits(
     )
 
 
-@torch.library.custom_op("fastdino::dino_loss_fwd", mutates_args=(), device_types="cpu")
+@operator("fastdino::dino_loss_fwd")
 def _forward(
     student: Tensor,
     teacher: Tensor,
@@ -104,7 +105,7 @@ def _forward(
     return *result(state, shape), teacher.mean(0, dtype=torch.float32), state
 
 
-@_forward.register_fake
+@torch.library.register_fake(_forward)
 def _(
     student: Tensor,
     teacher: Tensor,
@@ -119,7 +120,7 @@ def _(
     return scalar, torch.empty_like(scalar), student.new_empty(student.shape[1], dtype=torch.float32), state
 
 
-@torch.library.custom_op("fastdino::dino_loss_bwd", mutates_args=(), device_types="cpu")
+@operator("fastdino::dino_loss_bwd")
 def _backward(
     grad_loss: Tensor,
     student: Tensor,
@@ -139,7 +140,7 @@ def _backward(
     return out
 
 
-@_backward.register_fake
+@torch.library.register_fake(_backward)
 def _(
     grad_loss: Tensor,
     student: Tensor,
@@ -166,7 +167,7 @@ def _autograd(ctx, grad_loss, *_):  # type: ignore[no-untyped-def]
     return _backward(grad_loss.float(), *ctx.saved_tensors, ctx.n_global), None, None, None, None, None
 
 
-_forward.register_autograd(_autograd, setup_context=_setup_context)
+torch.library.register_autograd(_forward, _autograd, setup_context=_setup_context)
 
 
 def _shape(student: Tensor, teacher: Tensor, n_global: int) -> tuple[int, int, int]:

@@ -16,10 +16,11 @@ from torch import Tensor
 from . import reference
 from .backend import resolve
 from .native import DTYPES, call, int64, on_huge_pages, pointer
+from .operators import operator
 from .validate import check_tensor
 
 
-@torch.library.custom_op("fastdino::normalize_weight_fwd", mutates_args=(), device_types="cpu")
+@operator("fastdino::normalize_weight_fwd")
 def _forward(weight_v: Tensor, weight_g: Tensor, dtype: torch.dtype) -> Tensor:
     out = on_huge_pages(torch.empty_like(weight_v, dtype=dtype))
     arrays = map(pointer, (weight_v, weight_g, out))
@@ -27,12 +28,12 @@ def _forward(weight_v: Tensor, weight_g: Tensor, dtype: torch.dtype) -> Tensor:
     return out
 
 
-@_forward.register_fake
+@torch.library.register_fake(_forward)
 def _(weight_v: Tensor, weight_g: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.empty_like(weight_v, dtype=dtype, memory_format=torch.contiguous_format)
 
 
-@torch.library.custom_op("fastdino::normalize_weight_bwd", mutates_args=(), device_types="cpu")
+@operator("fastdino::normalize_weight_bwd")
 def _backward(grad: Tensor, weight_v: Tensor, weight_g: Tensor) -> tuple[Tensor, Tensor]:
     dv, dg = on_huge_pages(torch.empty_like(weight_v)), torch.empty_like(weight_g)
     arrays = map(pointer, (grad, weight_v, weight_g, dv, dg))
@@ -40,7 +41,7 @@ def _backward(grad: Tensor, weight_v: Tensor, weight_g: Tensor) -> tuple[Tensor,
     return dv, dg
 
 
-@_backward.register_fake
+@torch.library.register_fake(_backward)
 def _(grad: Tensor, weight_v: Tensor, weight_g: Tensor) -> tuple[Tensor, Tensor]:
     return torch.empty_like(weight_v), torch.empty_like(weight_g)
 
@@ -55,7 +56,7 @@ def _autograd(ctx, grad):  # type: ignore[no-untyped-def]
     return dv if needs_v else None, dg if needs_g else None, None
 
 
-_forward.register_autograd(_autograd, setup_context=_setup_context)
+torch.library.register_autograd(_forward, _autograd, setup_context=_setup_context)
 
 
 def normalize_weight(weight_v: Tensor, weight_g: Tensor) -> Tensor:

@@ -1,0 +1,25 @@
+"""Functions as operators of PyTorch: opaque to torch.compile, with autograd and fake tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+
+def operator(name: str) -> Callable[[Callable[..., Any]], Any]:
+    """Decorator that makes a function the CPU form of the operator ``namespace::name`` and returns the latter.
+
+    The function neither writes to its arguments nor returns one of them. ``torch.library.custom_op`` does the
+    same, but imports all of torch.compile at the first call, which takes longer than the rest of the start.
+    """
+
+    def register(function: Callable[..., Any]) -> Any:
+        schema = torch.library.infer_schema(function, mutates_args=())
+        torch.library.define(name, schema, tags=(torch.Tag.pt2_compliant_tag,))
+        torch.library.impl(name, "cpu", function)
+        namespace, _, short = name.partition("::")
+        return getattr(getattr(torch.ops, namespace), short).default
+
+    return register
