@@ -40,7 +40,7 @@ def _chunks(
     dtype: torch.dtype,
     keeps: bool,
 ) -> Iterator[slice]:
-    """Slices of the K columns, by what each allocates: logits (dx if those are kept) and converted weights."""
+    """Slices of the K columns, by what each allocates: logits (dx if those are kept), converted weights."""
     k, d = student_weight.shape
     rows = len(student_z) + (0 if keeps else len(teacher_z))
     converted = (student_weight.dtype != dtype) + (teacher_weight.dtype != dtype)

@@ -71,7 +71,7 @@ def close(a: Tensor, b: Tensor) -> None:
 
 def test_equals_adamw_clipping_and_ema(kind: str) -> None:
     mine, theirs = parameters(), parameters()
-    teachers = [torch.randn_like(p) for p in flat(mine)]
+    teachers = [p.detach().clone() for p in flat(parameters(seed=1))]
     their_teachers = [t.clone() for t in teachers]
     ours = AdamWEMA(groups_of(mine), teachers, lr=0.0, max_grad_norm=3.0)
     torchs = torch.optim.AdamW(groups_of(theirs), lr=0.0)
@@ -132,7 +132,7 @@ def test_missing_gradients_leave_the_state_but_not_the_teacher(kind: str) -> Non
 @pytest.mark.parametrize("where", [(0, 0), (1, 16000), (5, 0)])
 def test_a_bad_gradient_changes_no_byte(kind: str, bad: float, where: tuple[int, int]) -> None:
     params = parameters()
-    teachers = [torch.randn_like(p) for p in flat(params)]
+    teachers = [p.detach().clone() for p in flat(parameters(seed=1))]
     optimizer = AdamWEMA(groups_of(params), teachers, lr=0.1, weight_decay=0.1, max_grad_norm=3.0)
     for step, spoil in ((0, False), (1, True), (2, False)):
         set_grads(flat(params), step)
