@@ -9,7 +9,7 @@ import torch
 
 
 def operator(name: str) -> Callable[[Callable[..., Any]], Any]:
-    """Decorator that makes a function the CPU form of the operator ``namespace::name`` and returns the latter.
+    """Decorator that makes a function the CPU form of the operator ``namespace::name`` and returns it.
 
     The function neither writes to its arguments nor returns one of them. ``torch.library.custom_op`` does the
     same, but imports all of torch.compile at the first call, which takes longer than the rest of the start.
