@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
+from fastdino_kernels import normalize_weight
 from torch import Tensor, nn
 
 from fastdino.models.vit import init_linear
@@ -25,8 +26,8 @@ class WeightNormLinear(nn.Module):
         self.weight_v = nn.Parameter(nn.Linear(in_dim, out_dim, bias=False).weight.detach())
 
     def weight(self) -> Tensor:
-        """W [K, in_dim]."""
-        return torch._weight_norm(self.weight_v, self.weight_g, 0)
+        """W [K, in_dim]; in bf16 under CPU autocast, where that is the type its products run in."""
+        return normalize_weight(self.weight_v, self.weight_g)
 
 
 class DINOHead(nn.Module):
