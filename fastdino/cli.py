@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import os
 import sys
 import textwrap
@@ -91,6 +92,7 @@ def parse(argv: Sequence[str]) -> tuple[Config, Actions]:
 def main(argv: Sequence[str]) -> int:
     """Parse ``argv`` and train, or do what an action flag asks for. Returns the exit code."""
     config, actions = parse(argv)
+    _show_log()
     if actions.dry_run or actions.preview_crops:
         return _without_training(config, actions)
     from fastdino.engine.checkpoint import CheckpointError
@@ -98,10 +100,28 @@ def main(argv: Sequence[str]) -> int:
 
     try:
         trainer = Trainer(config)
-    except (ValueError, OSError, CheckpointError) as error:
+    except (ValueError, OSError, ImportError, CheckpointError) as error:
         fail(str(error), first_only=False)
     trainer.fit()
     return 0
+
+
+class _Stderr(logging.Handler):
+    """Plain lines on what is standard error at that time: progress bars take its place."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        print(self.format(record), file=sys.stderr, flush=True)
+
+
+def _show_log() -> None:
+    """Show what the first process logs, and the warnings of the others unless every process has them."""
+    rank = os.environ.get("RANK", "0")
+    handler = _Stderr()
+    handler.setFormatter(logging.Formatter("%(message)s" if rank == "0" else f"process {rank}: %(message)s"))
+    log = logging.getLogger("fastdino")
+    log.handlers = [handler]
+    log.setLevel(logging.INFO if rank == "0" else logging.WARNING)
+    logging.getLogger("fastdino.data.prescan").setLevel(logging.NOTSET if rank == "0" else logging.ERROR)
 
 
 def _without_training(config: Config, actions: Actions) -> int:
@@ -124,11 +144,14 @@ def _without_training(config: Config, actions: Actions) -> int:
             fail(f"--data_path {config.data.data_path}: fewer images than a batch of {result.global_batch}")
         Console(width=None if sys.stdout.isatty() else 110).print(table(result, config))
     if manifest is not None and actions.preview_crops:
-        from fastdino.data.preview import contact_sheet
-
         path = Path(config.run.output_dir) / "crops.png"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        contact_sheet(manifest, config.crops, config.run.seed, actions.preview_crops, path)
+        try:
+            from fastdino.data.preview import contact_sheet
+
+            path.parent.mkdir(parents=True, exist_ok=True)
+            contact_sheet(manifest, config.crops, config.run.seed, actions.preview_crops, path)
+        except (ImportError, OSError, RuntimeError) as error:
+            fail(str(error))
         print(path)
     return 0
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 import subprocess
@@ -12,7 +13,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from fastdino.cli import main, parse, presets_table
+from fastdino.cli import _show_log, main, parse, presets_table
 from fastdino.config import Config, as_flags, with_flags
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -305,3 +306,17 @@ def test_with_flags_and_argv_agree() -> None:
     line = ["--lr", "0.1", "--global_crops_scale", "0.3", "0.9", "--prescan", "off", "--num_heads", "3"]
     values = {"lr": 0.1, "global_crops_scale": [0.3, 0.9], "prescan": False, "num_heads": 3}
     assert parse(line)[0] == with_flags(Config(), values)
+
+
+@pytest.mark.parametrize("rank", ["0", "1"])
+def test_log_of_the_first_process_and_what_only_another_one_knows(rank, monkeypatch, capsys):
+    monkeypatch.setenv("RANK", rank)
+    monkeypatch.setattr(logging.getLogger("fastdino"), "handlers", [])
+    _show_log()
+    logging.getLogger("fastdino.data.loader").info("decoded")
+    logging.getLogger("fastdino.data.prescan").warning("3 bad files")
+    logging.getLogger("fastdino.data.loader").warning("a.jpg replaced")
+    for name in ("fastdino", "fastdino.data.prescan"):
+        logging.getLogger(name).setLevel(logging.NOTSET)
+    expected = ["decoded", "3 bad files", "a.jpg replaced"] if rank == "0" else ["process 1: a.jpg replaced"]
+    assert capsys.readouterr().err.splitlines() == expected

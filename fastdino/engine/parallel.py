@@ -10,9 +10,7 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
-_BUCKET = (
-    8 * 1024 * 1024
-)  # elements per all-reduce: large enough for bandwidth, small enough to bound the copy
+_BUCKET = 8 * 1024 * 1024  # elements per all-reduce: enough for bandwidth, yet the copy stays small
 
 
 @dataclass(frozen=True)
@@ -29,7 +27,12 @@ class World:
 
 
 def start(device: str = "auto") -> World:
-    """Join the processes that torchrun started (NCCL on GPUs, gloo on CPUs), or be the only one."""
+    """Join the processes that torchrun started (NCCL on GPUs, gloo on CPUs), or be the only one.
+
+    Raises ValueError when ``device`` is cuda and there is none.
+    """
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda: this machine has no CUDA device that torch can use")
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     size, local_rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("LOCAL_RANK", "0"))
@@ -63,6 +66,11 @@ def mean_(tensor: torch.Tensor) -> torch.Tensor:
         dist.all_reduce(tensor)
         tensor /= dist.get_world_size()
     return tensor
+
+
+def any_of(flag: bool, device: torch.device) -> bool:
+    """Whether ``flag`` is true on any process."""
+    return float(mean_(torch.tensor(float(flag), device=device))) > 0.0
 
 
 def broadcast_object(value: object) -> object:
