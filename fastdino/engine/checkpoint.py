@@ -206,6 +206,18 @@ def latest(root: Path | str) -> Path | None:
     return None
 
 
+def set_aside(root: Path | str, after: int) -> list[Path]:
+    """Rename the checkpoints of steps beyond ``after`` to ``old-...`` and return their new paths.
+
+    A run that starts before them would otherwise be continued from them after a crash.
+    """
+    moved = []
+    for path in checkpoints(root):
+        if step_of(path) > after:
+            moved.append(path.rename(_unused(path.with_name(f"old-{path.name}"))))
+    return moved
+
+
 def prune(root: Path | str, *, keep_last: int = 2, disk: Disk | None = None) -> None:
     """Remove checkpoints that are neither among the newest ``keep_last`` valid ones nor marked ``keep`` in
     their meta.

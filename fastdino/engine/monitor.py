@@ -4,6 +4,7 @@ report.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -20,10 +21,18 @@ class Monitor:
     """k-NN of a backbone: labelled training images are the memory bank, ``eval_data_path`` holds the queries.
 
     If ``eval_data_path`` itself holds ``train/`` and ``val/``, these are bank and queries (official layout).
-    Raises ValueError, before any model exists, when labels are missing or a query class has no bank image.
+    ``clean`` takes the manifest of a folder and leaves out what cannot be read. Raises ValueError, before any
+    model exists, when labels are missing or a query class has no bank image.
     """
 
-    def __init__(self, config: EvalConfig, crop_size: int, training: Manifest, device: torch.device):
+    def __init__(
+        self,
+        config: EvalConfig,
+        crop_size: int,
+        training: Manifest,
+        device: torch.device,
+        clean: Callable[[Manifest], Manifest] = lambda manifest: manifest,
+    ):
         self.config, self.training, self.device = config, training, device
         self.size = config.eval_image_size or crop_size
         self.active = config.eval_data_path is not None
@@ -31,8 +40,11 @@ class Monitor:
             return
         root = Path(config.eval_data_path)
         pair = (root / "train").is_dir() and (root / "val").is_dir()
-        bank = build_manifest(str(root / "train")) if pair else training
-        queries = build_manifest(str(root / "val")) if pair else build_manifest(str(root))
+        try:
+            bank = clean(build_manifest(root / "train")) if pair else training
+            queries = clean(build_manifest(root / "val" if pair else root))
+        except (ValueError, OSError) as error:
+            raise ValueError(str(error).replace("--data_path", "--eval_data_path", 1)) from error
         if bank.labels is None or queries.labels is None:
             raise ValueError(
                 f"--eval_data_path {root}: k-NN needs class folders for queries and memory bank, "
@@ -56,10 +68,12 @@ class Monitor:
         result = knn_classify(bank, self.bank_labels, queries, self.query_labels, self.config.nb_knn)
         return {str(k): top1 for k, (top1, _) in result.items()}
 
-    def knn(self, backbone: nn.Module) -> dict[str, float]:
-        """Top-1 in percent by number of neighbours."""
+    def knn(
+        self, backbone: nn.Module, progress: Callable[[int, int], None] | None = None
+    ) -> dict[str, float]:
+        """Top-1 in percent by number of neighbours; ``progress`` is told (done, total) after each batch."""
         features = [
-            extract_features(backbone, paths, image_size=self.size, device=self.device)
+            extract_features(backbone, paths, image_size=self.size, device=self.device, progress=progress)
             for paths in (self.bank_paths, self.query_paths)
         ]
         return self._score(*features)

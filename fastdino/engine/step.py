@@ -6,8 +6,9 @@ optimizer anywhere."""
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 import torch
@@ -43,8 +44,8 @@ class Scaler:
 
 @dataclass
 class StepResult:
-    """Means over the global batch, in nats; ``stop`` is true when any process asked to stop; seconds per
-    phase.
+    """Means over the global batch, in nats, and seconds per phase. ``stop``: a process asked to stop, the
+    step was abandoned.
     """
 
     loss: float
@@ -82,13 +83,15 @@ def train_step(
     accumulate: int = 1,
     dtype: torch.dtype,
     scaler: Scaler,
-    stop: bool = False,
+    stop: Callable[[], bool] = bool,
     clock: Clock | None = None,
 ) -> StepResult:
     """Train on the next ``accumulate`` of ``batches`` (this process's part of the global batch); move teacher
     and center once.
 
     ``dtype`` is the compute type: GEMMs run in it, parameters, statistics and the update stay in fp32.
+    ``stop`` is asked before each forward and backward pass; once it is true on any process, the step is
+    abandoned on all and nothing has changed.
     """
     device = method.center.device
     clock = clock or Clock(device)
@@ -100,6 +103,8 @@ def train_step(
     for _ in range(accumulate):
         crops = next(batches)
         clock.lap("data")
+        if stop():
+            break
         with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
             out = method(
                 crops.global_,
@@ -108,11 +113,16 @@ def train_step(
                 freeze_last_layer=hyper.freeze_last_layer,
             )
         clock.lap("forward")
+        if stop():
+            break
         (out.loss * (share * scaler.value())).backward()
         clock.lap("backward")
         sums += share * _row(out.batch_center, out.loss, out.teacher_entropy, out.kl)
-    sums[-1] = float(stop)
+    sums[-1] = float(stop())
     parallel.mean_(sums)
+    if float(sums[-1]) > 0.0:
+        updater.zero_grad()
+        return StepResult(math.nan, math.nan, math.nan, skipped=True, stop=True, seconds=clock.seconds)
     parallel.average_gradients(updater.parameters())
     finite = bool(torch.isfinite(sums).all())
     update = updater.step(hyper, grad_scale=scaler.value(), skip=not finite)
@@ -120,9 +130,9 @@ def train_step(
         method.update_center(sums[:-4])
     if scaler.enabled:
         scaler.update(update.skipped)
-    loss, entropy, kl, stop_share = sums[-4:].tolist()
+    loss, entropy, kl = sums[-4:-1].tolist()
     clock.lap("update")
-    return StepResult(loss, entropy, kl, update.skipped, stop_share > 0.0, clock.seconds)
+    return StepResult(loss, entropy, kl, update.skipped, False, clock.seconds)
 
 
 def _row(center: Tensor, *scalars: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
@@ -41,6 +41,10 @@ _PHASES = ("data", "forward", "backward", "update")
 
 class Stopped(SystemExit):
     """The run ended early on purpose; ``code`` is the process's exit code."""
+
+
+class _Interrupted(Exception):
+    """A signal came during an evaluation."""
 
 
 def compute_dtype(config: Config, device: torch.device) -> torch.dtype:
@@ -70,7 +74,13 @@ class Trainer:
         self.steps_per_epoch = len(self.manifest) // self.global_batch
         self.schedule = Schedule(config, self.steps_per_epoch, self.global_batch)
         self.total_steps = min(config.optim.max_steps or self.schedule.total_steps, self.schedule.total_steps)
-        self.monitor = Monitor(config.eval, config.crops.global_crops_size, self.manifest, self.world.device)
+        self.monitor = Monitor(
+            config.eval,
+            config.crops.global_crops_size,
+            self.manifest,
+            self.world.device,
+            self._clean_held_out,
+        )
 
         torch.manual_seed(config.run.seed)
         self.method = DINO(config).to(self.world.device)
@@ -79,33 +89,44 @@ class Trainer:
         self.scaler = Scaler(enabled=self.dtype == torch.float16)
         self.step = 0
         self.counters = {"bad_steps": 0, "bad_in_a_row": 0}
-        self.sums: dict[
-            str, float
-        ] = {}  # over the good steps of this epoch: loss, teacher_entropy, kl; and their number
+        # Over the good steps of this epoch: loss, teacher_entropy, kl; and their number.
+        self.sums: dict[str, float] = {}
+        self.resumed_from: Path | None = None
         self._resume()
 
     # -- construction ----------------------------------------------------------------------------------------
 
     def _open_data(self) -> Manifest:
         """The manifest without bad files; rank 0 scans, the others read its result."""
-        run, data = self.config.run, self.config.data
-        manifest = build_manifest(data.data_path)
+        data_path = self.config.data.data_path
+        manifest = build_manifest(data_path)
         if self.world.main:
-            self.output.mkdir(parents=True, exist_ok=True)
-        if data.prescan == "on" or (data.prescan == "auto" and len(manifest) <= 200_000):
-            if not self.world.main:
-                parallel.barrier()
-            manifest = prescan(
-                manifest, Path(run.output_dir), num_threads=self._data_threads(), progress=self.world.main
-            )
-            if self.world.main:
-                parallel.barrier()
+            try:
+                self.output.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise ValueError(f"--output_dir {self.output}: {error.strerror}") from error
+        manifest = self._clean(manifest, self.output)
         if len(manifest) < self.global_batch:
             raise ValueError(
-                f"--data_path {data.data_path}: {len(manifest)} usable images, "
+                f"--data_path {data_path}: {len(manifest)} usable images, "
                 f"fewer than one global batch of {self.global_batch}"
             )
         return manifest
+
+    def _clean(self, manifest: Manifest, cache_dir: Path) -> Manifest:
+        """``manifest`` without what --prescan finds unreadable."""
+        choice = self.config.data.prescan
+        if choice == "off" or (choice == "auto" and len(manifest) > 200_000):
+            return manifest
+        if not self.world.main:
+            parallel.barrier()
+        manifest = prescan(manifest, cache_dir, num_threads=self._data_threads(), progress=self.world.main)
+        if self.world.main:
+            parallel.barrier()
+        return manifest
+
+    def _clean_held_out(self, manifest: Manifest) -> Manifest:
+        return self._clean(manifest, self.output / "held_out" / Path(manifest.root).name)
 
     def _data_threads(self) -> int:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -179,7 +200,7 @@ class Trainer:
         self.step = meta["epoch"] * self.steps_per_epoch if imported else meta["step"]
         self.counters, self.sums = meta["counters"], meta["epoch_sums"]
         self.scaler.scale, self.scaler.good_steps = meta["scaler"]["scale"], meta["scaler"]["good_steps"]
-        self.resumed_from: Path | None = path
+        self.resumed_from = path
 
     # -- the loop --------------------------------------------------------------------------------------------
 
@@ -208,9 +229,12 @@ class Trainer:
             curves = Curves(
                 run.logger if self.world.main else "none", self.output, config_to_dict(self.config), self.step
             )
-            if self.step == 0:
-                self._evaluate(screen, curves, baseline=True)
             try:
+                if self.step == 0:
+                    self._evaluate(screen, curves, baseline=True)
+                elif self._evaluates_at(self.step):  # unless that was still done before the run stopped
+                    self._evaluate(screen, curves)
+                    self._report(screen, final=self.step == self.total_steps)
                 self._loop(iter(loader), screen, curves)
             except Stopped:
                 parallel.stop()
@@ -237,9 +261,11 @@ class Trainer:
                 accumulate=self.accumulate,
                 dtype=self.dtype,
                 scaler=self.scaler,
-                stop=self.signal != 0,
+                stop=lambda: self.signal != 0,
                 clock=Clock(self.world.device, exact=reporting),
             )
+            if result.stop:
+                self._stop(screen)
             self.step += 1
             self._count(result, screen)
             window.add(result)
@@ -260,19 +286,27 @@ class Trainer:
                 screen.show(self.step, epoch, _line(record))
             if epoch_ends:
                 self._end_epoch(epoch, hyper.lr, hyper.weight_decay, screen)
-            saved = epoch_ends or finished or (run.save_every > 0 and self.step % run.save_every == 0)
-            if saved or result.stop:
+            if epoch_ends or finished or (run.save_every > 0 and self.step % run.save_every == 0):
                 self._save(keep=finished or (epoch_ends and (epoch + 1) % max(run.saveckp_freq, 1) == 0))
-            if result.stop:
-                name = signal.Signals(self.signal).name if self.signal else "a signal to another process"
-                screen.say(f"stopped by {name} after step {self.step}; the same command continues from there")
-                raise Stopped(128 + (self.signal or signal.SIGTERM))
-            every = self.config.eval.eval_every
-            if finished or (epoch_ends and every > 0 and (epoch + 1) % every == 0):
+            if self._evaluates_at(self.step):
                 paused = time.perf_counter()
                 self._evaluate(screen, curves)
                 self._report(screen, final=finished)
                 window.since += time.perf_counter() - paused
+                if parallel.any_of(self.signal != 0, self.world.device):
+                    self._stop(screen)
+
+    def _evaluates_at(self, step: int) -> bool:
+        epochs, rest = divmod(step, self.steps_per_epoch)
+        every = self.config.eval.eval_every
+        return step == self.total_steps or (rest == 0 and every > 0 and epochs % every == 0)
+
+    def _stop(self, screen: Screen) -> NoReturn:
+        """Save what a signal to any process asks to be saved, and end with its exit code."""
+        self._save(keep=False)
+        name = signal.Signals(self.signal).name if self.signal else "a signal to another process"
+        screen.say(f"stopped by {name} after step {self.step}; the same command continues from there")
+        raise Stopped(128 + (self.signal or signal.SIGTERM))
 
     def _count(self, result: StepResult, screen: Screen) -> None:
         """Sum up a good step; count a bad one and stop after too many in a row."""
@@ -343,7 +377,9 @@ class Trainer:
             "steps_per_epoch": self.steps_per_epoch,
         }
         write_text(self.output / "environment.json", checkpoint._canonical(facts).decode())
-        contact_sheet(self.manifest, self.config.crops, self.config.run.seed, 6, self.output / "crops.png")
+        sheet = self.output / "crops.png"
+        if not (self.step and sheet.exists()):
+            contact_sheet(self.manifest, self.config.crops, self.config.run.seed, 6, sheet)
         parameters = sum(p.numel() for p in self.method.student.parameters())
         screen.say(
             f"{len(self.manifest)} images, {parameters / 1e6:.1f} M parameters, global batch "
@@ -352,6 +388,11 @@ class Trainer:
         )
         if self.step:
             screen.say(f"continuing after step {self.step} from {self.resumed_from}")
+        if moved := checkpoint.set_aside(self.checkpoints, self.step if self.resumed_from else -1):
+            screen.say(
+                f"{len(moved)} checkpoints of later steps are set aside in {self.checkpoints}, the newest as "
+                f"{moved[0].name}"
+            )
 
     def _save(self, *, keep: bool) -> None:
         if self.world.main:
@@ -371,23 +412,45 @@ class Trainer:
         parallel.barrier()
 
     def _evaluate(self, screen: Screen, curves: Curves, *, baseline: bool = False) -> None:
-        """k-NN of the teacher on rank 0; ``baseline`` adds raw pixels (the teacher is then the untrained
-        network).
+        """k-NN of the teacher on rank 0, unless it is known; ``baseline`` adds raw pixels (the teacher is
+        then the untrained network).
         """
-        if self.world.main and self.monitor.active:
-            scores = self.monitor.knn(self.method.teacher.backbone)
-            record: dict[str, Any] = {
-                "step": self.step,
-                "epoch": self.step // self.steps_per_epoch,
-                "knn": scores,
-            }
-            if baseline:
-                record |= {"untrained": scores, "raw_pixels": self.monitor.raw_pixels()}
-            append_line(self.output / "eval.jsonl", record)
-            curves.add({f"knn_top1_{k}": v for k, v in scores.items()}, self.step)
-            text = "  ".join(f"k={k} {v:.1f} %" for k, v in scores.items())
-            screen.say(f"k-NN top-1 of the {'untrained network' if baseline else 'teacher'}: {text}")
+        if self.world.main and self.monitor.active and not self._evaluated():
+            try:
+                scores = self.monitor.knn(self.method.teacher.backbone, self._interruptible)
+                raw = self.monitor.raw_pixels() if baseline else None
+            except _Interrupted:
+                screen.say("evaluation interrupted")
+            except (ValueError, OSError) as error:
+                screen.say(f"WARNING: no k-NN figures, training goes on: {error}")
+            else:
+                self._log_scores(scores, raw, screen, curves)
         parallel.barrier()
+
+    def _log_scores(
+        self, scores: dict[str, float], raw: dict[str, float] | None, screen: Screen, curves: Curves
+    ) -> None:
+        record: dict[str, Any] = {
+            "step": self.step,
+            "epoch": self.step // self.steps_per_epoch,
+            "knn": scores,
+        }
+        if raw is not None:
+            record |= {"untrained": scores, "raw_pixels": raw}
+        append_line(self.output / "eval.jsonl", record)
+        curves.add({f"knn_top1_{k}": v for k, v in scores.items()}, self.step)
+        text = "  ".join(f"k={k} {v:.1f} %" for k, v in scores.items())
+        screen.say(f"k-NN top-1 of the {'teacher' if raw is None else 'untrained network'}: {text}")
+
+    def _evaluated(self) -> bool:
+        path = self.output / "eval.jsonl"
+        records = map(json.loads, path.read_text().splitlines()) if path.exists() else ()
+        return any(record["step"] == self.step and "knn" in record for record in records)
+
+    def _interruptible(self, done: int, total: int) -> None:
+        """Told of each batch of an evaluation, which may take minutes; its checkpoint is saved already."""
+        if self.signal:
+            raise _Interrupted
 
     def _report(self, screen: Screen, *, final: bool) -> None:
         if self.world.main and self.config.run.report:

@@ -306,3 +306,25 @@ def test_bf16_stays_close_to_fp32():
         )
         assert b.loss == pytest.approx(a.loss, rel=0.02)
         assert b.teacher_entropy == pytest.approx(a.teacher_entropy, rel=0.05)
+
+
+@pytest.mark.parametrize("asked", range(7))
+def test_a_stop_abandons_the_step_without_a_trace(asked):
+    config = tiny_config()
+    method, updater = build(config)
+    source = batches()
+    run(method, updater, config, source, 1)
+    before = digest(method, updater)
+    calls = itertools.count()
+    result = train_step(
+        method,
+        updater,
+        source,
+        Schedule(config, 5, 2 * B)(1),
+        accumulate=2,
+        dtype=torch.float32,
+        scaler=Scaler(False),
+        stop=lambda: next(calls) >= asked,
+    )
+    assert result.stop == (asked < 5)  # two questions per micro-batch and one before the update
+    assert (digest(method, updater) == before) == result.stop

@@ -184,9 +184,42 @@ def test_endless_nan_stops_with_a_clean_checkpoint(images, tmp_path):
         (("--batch_size", "1000"), "96 usable images"),
         (("--batch_size", "12", "--batch_size_per_gpu", "8"), "--batch_size_per_gpu"),
         (("--data_path", "/nonexistent/folder"), "/nonexistent/folder"),
+        (("--eval_data_path", "/nonexistent/folder"), "--eval_data_path: no such file"),
+        (("--output_dir", __file__), "--output_dir"),
+        (("--device", "cuda"), "--device cuda"),
     ],
 )
 def test_hopeless_input_is_refused_in_one_line(images, tmp_path, flags, message):
     done = train(images, tmp_path / "run", *flags, code=2)
     assert message in done.stderr
     assert "Traceback" not in done.stderr and len(done.stderr.strip().splitlines()) <= 3
+
+
+def test_a_new_run_in_an_old_directory_never_continues_from_old_checkpoints(images, tmp_path):
+    out = tmp_path / "run"
+    train(images, out, "--epochs", "1")
+    done = train(images, out, "--epochs", "1", "--resume", "none", "--lr", "0.001", "--max_steps", "11")
+    assert "set aside" in done.stdout
+    names = sorted(p.name for p in (out / "checkpoints").iterdir())
+    assert names == ["old-step-00000012", "step-00000011"]
+    assert final(out)[2]["config"]["optim"]["lr"] == 0.001
+
+
+def test_held_out_images_may_be_bad_and_a_lost_evaluation_is_made_up_for(images, tmp_path):
+    held_out = tmp_path / "held_out"
+    for path in sorted(images.glob("*/*.jpg"))[::8]:
+        (held_out / path.parent.name).mkdir(parents=True, exist_ok=True)
+        (held_out / path.parent.name / path.name).write_bytes(path.read_bytes())
+    (held_out / "class0" / "bad.jpg").write_bytes(b"no image")
+    flags = ("--max_steps", "2", "--eval_data_path", str(held_out), "--nb_knn", "1")
+    out = tmp_path / "run"
+    done = train(images, out, *flags)
+    assert "bad.jpg" in done.stderr
+    first, last = lines(out / "eval.jsonl")
+    assert first["untrained"] == first["knn"] and "raw_pixels" in first and last["step"] == 2
+
+    (out / "eval.jsonl").write_text(json.dumps(first) + "\n")  # as if killed before the last evaluation
+    train(images, out, *flags)
+    assert lines(out / "eval.jsonl") == [first, last]
+    train(images, out, *flags)
+    assert lines(out / "eval.jsonl") == [first, last]
