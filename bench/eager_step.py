@@ -3,7 +3,7 @@ eager PyTorch.
 
 One backbone pass per resolution, attention through an explicit N x N softmax, logits of all K prototypes, 2V
 - 2 separate cross-entropies, per-parameter clipping that reads every norm on the host, ``torch.optim.AdamW``,
-a Python loop for the EMA. """
+a Python loop for the EMA."""
 
 from __future__ import annotations
 

@@ -55,14 +55,26 @@ def summarise(times: Mapping[str, list[float]], baseline: str) -> dict[str, dict
     return rows
 
 
-def save(claim: str, results: Mapping[str, Any]) -> Path:
+class Transcript:
+    """Prints lines and remembers them, so that a saved result shows what the run showed."""
+
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+
+    def __call__(self, text: str) -> None:
+        print(text)
+        self.lines += text.splitlines()
+
+
+def save(claim: str, transcript: Transcript, results: Mapping[str, Any]) -> Path:
     """``bench/results/<device>/<date>-<claim>.json`` with machine, versions and commit."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     name = torch.cuda.get_device_name().split()[-1].lower() if device.type == "cuda" else "cpu"
     path = RESULTS / name / f"{datetime.date.today()}-{claim}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     machine = environment(1, device)
-    path.write_text(json.dumps({"claim": claim, "machine": machine, **results}, indent=1) + "\n")
+    record = {"claim": claim, "machine": machine, "transcript": transcript.lines, **results}
+    path.write_text(json.dumps(record, indent=1) + "\n")
     return path
 
 

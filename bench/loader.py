@@ -33,7 +33,7 @@ from PIL import Image, ImageEnhance, ImageFilter, ImageOps
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, RandomSampler
 
-from bench.harness import save
+from bench.harness import Transcript, save
 from fastdino.config import CropConfig
 from fastdino.data.augment import (
     BRIGHTNESS,
@@ -251,10 +251,12 @@ def make_images(folder: Path, n: int) -> None:
         Image.fromarray(pixels).save(folder / f"{i:04}.jpg", quality=90)
 
 
-def compare(manifest: Manifest, local_crops_number: int, args: argparse.Namespace) -> dict[str, Any]:
+def compare(
+    manifest: Manifest, local_crops_number: int, args: argparse.Namespace, say: Transcript
+) -> dict[str, Any]:
     crops = CropConfig((0.25, 1.0), local_crops_number, (0.05, 0.25))
     check_equal(manifest, crops)
-    print(f"2 x 224 + {local_crops_number} x 96, batch {args.batch}, {args.workers} workers; equal crops")
+    say(f"2 x 224 + {local_crops_number} x 96, batch {args.batch}, {args.workers} workers; equal crops")
     setting = (manifest, crops, args.batch, args.workers, max(1, args.count // args.batch))
     providers: dict[str, Callable[[], Figures]] = {
         "official": lambda: official(*setting),
@@ -264,14 +266,14 @@ def compare(manifest: Manifest, local_crops_number: int, args: argparse.Namespac
     rounds = [{name: run() for name, run in providers.items()} for _ in range(args.rounds)]
     contested = sum(max(row[p]["competing_cores"] for p in row) > CONTESTED for row in rounds)
     summary = {name: summarise_rounds(rounds, name) for name in providers}
-    print(
+    say(
         f"{'provider':24} {'img/s':>7} {'CPU ms/img':>11} {'speed-up':>9} {'min-max':>12} {'by CPU time':>12}"
     )
     for name, row in summary.items():
         speed = f"{row['images_per_second']:7.0f} {row['cpu_ms_per_image']:11.2f} {row['speedup']:8.2f}x"
         spread = f"{row['speedup_min']:6.2f}-{row['speedup_max']:.2f}"
-        print(f"{name:24} {speed} {spread} {row['cpu_speedup']:11.2f}x")
-    print(f"{contested} of {args.rounds} rounds contested\n")
+        say(f"{name:24} {speed} {spread} {row['cpu_speedup']:11.2f}x")
+    say(f"{contested} of {args.rounds} rounds contested\n")
     return {
         "local_crops_number": local_crops_number,
         "contested_rounds": contested,
@@ -310,14 +312,15 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--save", action="store_true", help="write bench/results/")
     args = parser.parse_args()
+    say = Transcript()
 
     with tempfile.TemporaryDirectory() as folder:
         if not args.images:
             make_images(Path(folder), 320)
         manifest = build_manifest(args.images or folder)
-        results = [compare(manifest, number, args) for number in args.locals]
+        results = [compare(manifest, number, args, say) for number in args.locals]
     if args.save:
-        print(save("loader", {"batch": args.batch, "workers": args.workers, "results": results}))
+        print(save("loader", say, {"batch": args.batch, "workers": args.workers, "results": results}))
 
 
 if __name__ == "__main__":

@@ -33,7 +33,7 @@ from fastdino_kernels.multicrop import (
 from PIL import Image
 from torch import Tensor
 
-from bench.harness import interleave, save, summarise, table
+from bench.harness import Transcript, interleave, save, summarise, table
 from bench.loader import apply, view_sizes
 from fastdino.config import CropConfig
 from fastdino.data.augment import crop_parameters
@@ -93,6 +93,7 @@ def main() -> None:
     args = parser.parse_args()
     if csrc.library() is None:
         raise SystemExit("multicrop: the C++ kernels are not built: make build")
+    say = Transcript()
     torch.set_num_threads(1)
 
     images, crops = pictures(args.images), CropConfig()
@@ -105,8 +106,8 @@ def main() -> None:
     whole.compare()
     half.compare()
     summary = {"all": summarise(interleave(providers, rounds=args.rounds), "Pillow")}
-    print(f"all crops of {len(images)} images")
-    print(table(summary["all"], dict.fromkeys(providers, len(images))))
+    say(f"all crops of {len(images)} images")
+    say(table(summary["all"], dict.fromkeys(providers, len(images))))
 
     plain = rows.copy()
     plain[..., [FLIP, JITTER, GRAY, SIGMA, SOLARIZE]] = 0
@@ -125,7 +126,7 @@ def main() -> None:
             calls[name, "Pillow"], calls[name, "fastdino"] = case.pillow, case.fastdino
         times = interleave(calls, rounds=args.rounds)  # type: ignore[arg-type]
         micro = {key: statistics.median(v) / len(images) / len(views) * 1e6 for key, v in times.items()}
-        print(f"\n{f'size {size}, us per crop':28} {'Pillow':>9} {'fastdino':>9} {'speed-up':>9}   alone")
+        say(f"\n{f'size {size}, us per crop':28} {'Pillow':>9} {'fastdino':>9} {'speed-up':>9}   alone")
         for name in cases:
             theirs, ours = micro[name, "Pillow"], micro[name, "fastdino"]
             line = f"{name:28} {theirs:9.1f} {ours:9.1f} {theirs / ours:8.1f}x"
@@ -133,12 +134,12 @@ def main() -> None:
                 line += (
                     f"   {theirs - micro['resize', 'Pillow']:7.1f} {ours - micro['resize', 'fastdino']:7.1f}"
                 )
-            print(line)
+            say(line)
         summary[str(size)] = {
             f"{name}, {side}": {"median_us": value} for (name, side), value in micro.items()
         }
     if args.save:
-        print(save("multicrop", summary))
+        print(save("multicrop", say, summary))
 
 
 if __name__ == "__main__":

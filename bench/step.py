@@ -5,7 +5,7 @@ python -m bench.step [--arch vit_small] [--batch 8] [--local 8] [--rounds 5] [--
 
 Correctness first: with everything in fp32, loss and updated weights of the two must agree. Then both are
 timed in turns. GFLOP per image (student forward and backward, teacher forward) at ViT-S/16: 73.7 for 2 x 224,
-113.4 with 8 x 96, 123.4 with 10. """
+113.4 with 8 x 96, 123.4 with 10."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from bench.eager_step import EagerStep
-from bench.harness import interleave, save, summarise, table
+from bench.harness import Transcript, interleave, save, summarise, table
 from fastdino.config import Config
 from fastdino.data.loader import Crops
 from fastdino.engine.optim import Updater
@@ -41,6 +41,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--save", action="store_true", help="write bench/results/")
     args = parser.parse_args()
+    say = Transcript()
 
     config = Config()
     config.model.arch, config.model.patch_size, config.model.out_dim = (
@@ -72,7 +73,7 @@ def main() -> None:
         for (name, a), b in zip(method.student.named_parameters(), rival.student.parameters(), strict=True)
         if not name.endswith("qkv.bias")  # the keys' part of it has no gradient but rounding noise
     )
-    print(
+    say(
         f"correctness (fp32): loss {loss_ours:.6f} against {loss_eager:.6f}, "
         f"largest weight difference {worst:.1e}"
     )
@@ -91,13 +92,11 @@ def main() -> None:
     rows = summarise(interleave(names, rounds=args.rounds), "eager fp32")
     what = f"{args.arch}/{args.patch_size}, 2x224+{args.local}x96, batch {args.batch}, "
     what += f"K {args.out_dim}, {torch.get_num_threads()} threads"
-    print(what)
-    print(table(rows, unit=dict.fromkeys(names, args.batch)))
-    print(
-        f"peak memory of this process: {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.2f} GiB"
-    )
+    say(what)
+    say(table(rows, unit=dict.fromkeys(names, args.batch)))
+    say(f"peak memory of this process: {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.2f} GiB")
     if args.save:
-        print(save("step", {"configuration": what, "rounds": args.rounds, "providers": rows}))
+        print(save("step", say, {"configuration": what, "rounds": args.rounds, "providers": rows}))
 
 
 if __name__ == "__main__":
