@@ -1,4 +1,4 @@
-"""Rewrites the results of ``bench/README.md`` from the JSON files in ``bench/results``: ``python -m bench.results_table``."""
+"""Rewrites the results in ``bench/README.md`` from ``bench/results``: ``python -m bench.results_table``."""
 
 from __future__ import annotations
 
