@@ -137,12 +137,8 @@ class Screen:
 
     def __init__(self, total: int, start: int, enabled: bool):
         self.console = Console(quiet=not enabled, soft_wrap=True, highlight=False)
-        self.live, self.total, self.started, self.first = (
-            self.console.is_terminal and enabled,
-            total,
-            time.monotonic(),
-            start,
-        )
+        self.live = self.console.is_terminal and enabled
+        self.total, self.first, self.started = total, start, time.monotonic()
         self.progress = Progress(
             TextColumn("epoch {task.fields[epoch]}"),
             BarColumn(bar_width=24),

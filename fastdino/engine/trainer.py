@@ -23,6 +23,7 @@ from typing import Any, NoReturn
 import torch
 
 from fastdino.config import Config, config_to_dict, config_to_yaml, split_batch
+from fastdino.data import sampler
 from fastdino.data.loader import MultiCropLoader
 from fastdino.data.manifest import Manifest, build_manifest
 from fastdino.data.prescan import prescan
@@ -33,6 +34,7 @@ from fastdino.engine.monitor import Monitor
 from fastdino.engine.optim import Updater
 from fastdino.engine.schedules import Schedule
 from fastdino.engine.step import Clock, Scaler, StepResult, train_step
+from fastdino.evaluation.features import available_cores
 from fastdino.methods.dino import DINO
 from fastdino.report import write_report
 
@@ -71,7 +73,7 @@ class Trainer:
         self.signal = 0
 
         self.manifest = self._open_data()
-        self.steps_per_epoch = len(self.manifest) // self.global_batch
+        self.steps_per_epoch = sampler.steps_per_epoch(len(self.manifest), self.global_batch)
         self.schedule = Schedule(config, self.steps_per_epoch, self.global_batch)
         self.total_steps = min(config.optim.max_steps or self.schedule.total_steps, self.schedule.total_steps)
         self.monitor = Monitor(
@@ -98,20 +100,13 @@ class Trainer:
 
     def _open_data(self) -> Manifest:
         """The manifest without bad files; rank 0 scans, the others read its result."""
-        data_path = self.config.data.data_path
-        manifest = build_manifest(data_path)
+        manifest = build_manifest(self.config.data.data_path)
         if self.world.main:
             try:
                 self.output.mkdir(parents=True, exist_ok=True)
             except OSError as error:
                 raise ValueError(f"--output_dir {self.output}: {error.strerror}") from error
-        manifest = self._clean(manifest, self.output)
-        if len(manifest) < self.global_batch:
-            raise ValueError(
-                f"--data_path {data_path}: {len(manifest)} usable images, "
-                f"fewer than one global batch of {self.global_batch}"
-            )
-        return manifest
+        return self._clean(manifest, self.output)
 
     def _clean(self, manifest: Manifest, cache_dir: Path) -> Manifest:
         """``manifest`` without what --prescan finds unreadable."""
@@ -129,8 +124,7 @@ class Trainer:
         return self._clean(manifest, self.output / "held_out" / Path(manifest.root).name)
 
     def _data_threads(self) -> int:
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        return max(1, min(self.config.data.num_workers, cores))
+        return max(1, min(self.config.data.num_workers, available_cores()))
 
     def _synchronise_batch_norm(self) -> None:
         """Batch statistics over all processes, as in the official code."""
@@ -376,7 +370,7 @@ class Trainer:
             "global_batch": self.global_batch,
             "steps_per_epoch": self.steps_per_epoch,
         }
-        write_text(self.output / "environment.json", checkpoint._canonical(facts).decode())
+        write_text(self.output / "environment.json", json.dumps(facts, indent=1, sort_keys=True) + "\n")
         sheet = self.output / "crops.png"
         if not (self.step and sheet.exists()):
             contact_sheet(self.manifest, self.config.crops, self.config.run.seed, 6, sheet)
