@@ -201,8 +201,9 @@ def _knn(flags: argparse.Namespace) -> None:
 
 
 def _attention(flags: argparse.Namespace) -> None:
+    from fastdino.data.manifest import printable
     from fastdino.evaluation.attention import write_attention
-    from fastdino.evaluation.features import list_images
+    from fastdino.evaluation.features import UnreadableImage, list_images
 
     if len(flags.image_size) > 2:
         raise ValueError(f"--image_size: expected one or two numbers, got {len(flags.image_size)}")
@@ -210,16 +211,24 @@ def _attention(flags: argparse.Namespace) -> None:
     root, paths = list_images(flags.data_path)
     backbone, device = _backbone(flags)
     output = Path(flags.output_dir)
+    files, unreadable = [], []
     with _progress("attention maps") as progress:
         for done, path in enumerate(paths, 1):
             # the suffix stays in the folder's name: cat.jpg and cat.png are two images
             inside = path.relative_to(root) if path.is_relative_to(root) else Path(path.name)
             folder = output if len(paths) == 1 else output / inside
-            files = write_attention(
-                backbone, path, folder, image_size=size, threshold=flags.threshold, device=device
-            )
+            try:
+                files += write_attention(
+                    backbone, path, folder, image_size=size, threshold=flags.threshold, device=device
+                )
+            except UnreadableImage as error:
+                unreadable.append(str(error))
             progress(done, len(paths))
-    print(f"{len(paths)} images, {len(files)} files each, in {output}")
+    if not files:
+        raise ValueError(f"--data_path: none of {len(paths)} can be used: {printable(unreadable[0])}")
+    for message in unreadable:
+        print(f"left out: {printable(message)}", file=sys.stderr)
+    print(f"{len(paths) - len(unreadable)} images, {len(files)} files, in {output}")
 
 
 def _jaccard(flags: argparse.Namespace) -> None:

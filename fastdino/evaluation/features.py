@@ -28,10 +28,14 @@ Progress: TypeAlias = Callable[[int, int], None]
 """Called as ``progress(images done, images in all)`` after every batch."""
 
 
+class UnreadableImage(ValueError):
+    """A file that is no image, or damaged; the message names it."""
+
+
 def read_image(path: ImagePath) -> Image.Image:
     """The RGB image in a file, as PIL converts it; EXIF rotation is not applied (as in ImageFolder).
 
-    Raises FileNotFoundError or ValueError naming the file.
+    Raises FileNotFoundError or UnreadableImage.
     """
     try:
         with Image.open(path) as image:
@@ -39,7 +43,7 @@ def read_image(path: ImagePath) -> Image.Image:
     except FileNotFoundError:
         raise FileNotFoundError(f"no such image: {os.fspath(path)}") from None
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise ValueError(f"cannot read image {os.fspath(path)}: {error}") from error
+        raise UnreadableImage(f"cannot read image {os.fspath(path)}: {error}") from error
 
 
 def center_crop(

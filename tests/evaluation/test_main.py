@@ -69,6 +69,14 @@ def test_attention_of_a_folder_and_of_one_file(dataset, capsys):
     assert main([*line, "--image_path", str(dataset / "val" / "dark" / "0.jpg")]) == 0
     assert Image.open(out / "attn-head2.png").size == (32, 32)
 
+    bad = dataset / "val" / "dark" / "bad\nname.jpg"
+    bad.write_bytes(b"no image")
+    capsys.readouterr()
+    assert main([*line, "--data_path", str(dataset / "val")]) == 0
+    shown = capsys.readouterr()
+    assert "4 images" in shown.out and len(shown.err.splitlines()) == 1 and r"bad\nname.jpg" in shown.err
+    assert main([*line, "--data_path", str(bad)]) == 2
+
 
 def test_jaccard(dataset, capsys):
     masks = dataset / "masks"
