@@ -10,7 +10,6 @@ import dataclasses
 import hashlib
 import json
 import math
-import os
 import signal
 import time
 import traceback
@@ -23,7 +22,7 @@ from typing import Any, NoReturn
 import torch
 
 from fastdino.config import Config, config_to_dict, config_to_yaml, split_batch
-from fastdino.data import sampler
+from fastdino.data import runlist, sampler
 from fastdino.data.loader import MultiCropLoader
 from fastdino.data.manifest import Manifest, build_manifest
 from fastdino.data.prescan import prescan
@@ -106,7 +105,21 @@ class Trainer:
                 self.output.mkdir(parents=True, exist_ok=True)
             except OSError as error:
                 raise ValueError(f"--output_dir {self.output}: {error.strerror}") from error
-        return self._clean(manifest, self.output)
+        return self._run_list(self._clean(manifest, self.output))
+
+    def _run_list(self, found: Manifest) -> Manifest:
+        """The images the run in the output directory began with; ``found`` are those a new run begins
+        with.
+        """
+        file = self.output / "images.json"
+        resuming = self.config.run.resume != "none" and checkpoint.checkpoints(self.checkpoints)
+        begun = resuming and file.exists()
+        parallel.barrier()  # every process has looked before one writes
+        if begun:
+            return runlist.reconcile(found, file)
+        if self.world.main:
+            write_text(file, runlist.write(found))
+        return found
 
     def _clean(self, manifest: Manifest, cache_dir: Path) -> Manifest:
         """``manifest`` without what --prescan finds unreadable."""
@@ -142,8 +155,8 @@ class Trainer:
 
     def _identity(self) -> dict[str, Any]:
         """What must not change between a run and its continuation."""
-        names = [os.path.relpath(p, self.manifest.root) for p in self.manifest.paths]
-        digest = hashlib.sha256("\0".join(names).encode("utf-8", "surrogateescape"))
+        names = "\0".join(runlist.names(self.manifest))
+        digest = hashlib.sha256(names.encode("utf-8", "surrogateescape"))
         plain = config_to_dict(self.config)
         return {
             **{f"--{k}": v for group in ("model", "crops") for k, v in plain[group].items()},

@@ -3,6 +3,7 @@ inputs.
 """
 
 import json
+import shutil
 import signal
 import subprocess
 import time
@@ -162,6 +163,24 @@ def test_sigterm_under_torchrun_saves(images, tmp_path):
     assert time.monotonic() - start < 30
     path = checkpoint.latest(out / "checkpoints")
     assert path is not None and f"after step {checkpoint.step_of(path)}" in text, text
+
+
+@pytest.mark.parametrize("cache", ["on", "off"])
+def test_a_run_resumes_when_files_have_vanished_or_broken(images, tmp_path, cache):
+    data, out = tmp_path / "data", tmp_path / "run"
+    shutil.copytree(images, data)
+    flags = ("--save_every", "5", "--cache_decoded", cache)
+    train(data, out, *flags, "--max_steps", "10")
+    pictures = sorted(data.rglob("*.jpg"))
+    pictures[7].unlink()
+    pictures[40].write_bytes(b"no longer an image")
+    done = train(data, out, *flags)
+    assert "continuing after step 10" in done.stdout
+    assert "2 images of this run are missing or unreadable" in done.stderr + done.stdout
+    assert final(out)[2]["step"] == 24
+    (data / "class0" / "new.jpg").write_bytes(pictures[0].read_bytes())
+    refused = train(data, out, *flags, code=2)
+    assert "list of images" in refused.stderr
 
 
 def test_another_model_in_the_same_directory_is_refused(images, uninterrupted, tmp_path):

@@ -1,0 +1,56 @@
+"""The list of images a run began with, kept in its output directory.
+
+A sample is its place in that list. When a file breaks or vanishes during a run, the loader replaces it; when
+the run is then resumed, the list must still be the one it began with, or every sample after the missing one
+would be another. """
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from pathlib import Path
+
+import numpy as np
+
+from fastdino.data.manifest import Manifest, printable
+
+log = logging.getLogger(__name__)
+
+
+def names(manifest: Manifest) -> list[str]:
+    """Paths relative to where the manifest was built from: the same wherever the data set is mounted."""
+    return [os.path.relpath(path, manifest.root) for path in manifest.paths]
+
+
+def write(manifest: Manifest) -> str:
+    """The list as JSON text."""
+    labels = None if manifest.labels is None else manifest.labels.tolist()
+    return json.dumps({"names": names(manifest), "labels": labels, "classes": manifest.class_names})
+
+
+def reconcile(found: Manifest, file: Path) -> Manifest:
+    """The manifest of the list in ``file`` if ``found`` is that list with some images missing, else ``found``
+    itself.
+
+    Missing images keep their place, with size 0; the loader replaces them by readable ones. New images make
+    it another data set: it is returned as found, and resuming tells the difference. """
+    saved = json.loads(file.read_text())
+    index = {name: i for i, name in enumerate(names(found))}
+    gone = [name for name in saved["names"] if name not in index]
+    if not gone or len(index) + len(gone) != len(saved["names"]):
+        return found
+    shown = ", ".join(printable(name) for name in gone[:10])
+    log.warning(
+        "%d images of this run are missing or unreadable now and will be replaced: %s", len(gone), shown
+    )
+    sizes = None
+    if found.sizes is not None:
+        sizes = np.array([found.sizes[index[n]] if n in index else (0, 0) for n in saved["names"]], np.int32)
+    return Manifest(
+        paths=[os.path.normpath(os.path.join(found.root, name)) for name in saved["names"]],
+        labels=None if saved["labels"] is None else np.array(saved["labels"], np.int64),
+        class_names=saved["classes"],
+        root=found.root,
+        sizes=sizes,
+    )
