@@ -407,6 +407,17 @@ def _write_batch(root: Path, split: str, name: str, indices: range, size: int, s
             Image.fromarray(mask).save(root / "masks" / split / name / f"{name}_{i:05d}.png")
 
 
+def _alive(pid: int) -> bool:
+    """Whether a process of this machine has this id."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # someone else's
+        pass
+    return True
+
+
 def write_demo(
     root: str | os.PathLike[str],
     *,
@@ -423,8 +434,8 @@ def write_demo(
     object mask of each val image (255 inside). ``num_threads`` 0 takes all cores.
 
     The folder is written under a temporary name and renamed when complete. A complete folder with the same
-    settings is kept as it is. Raises ValueError for settings out of range, and FileExistsError when ``root``
-    holds anything else, which is never deleted.
+    settings is kept as it is; what a killed writer left behind is removed. Raises ValueError for settings out
+    of range, and FileExistsError when ``root`` holds anything else, which is never deleted.
     """
     root = Path(root)
     for flag, value, least in (("n_train", n_train, 10), ("n_val", n_val, 10), ("size", size, 16)):
@@ -444,8 +455,12 @@ def write_demo(
             )
 
     root.parent.mkdir(parents=True, exist_ok=True)
+    for left in root.parent.glob(f".{root.name}.*.part"):
+        writer = left.suffixes[-2][1:]
+        if writer.isdecimal() and not _alive(int(writer)):  # it was killed
+            shutil.rmtree(left, ignore_errors=True)
     part = root.with_name(f".{root.name}.{os.getpid()}.part")
-    shutil.rmtree(part, ignore_errors=True)
+    part.mkdir()
     try:
         jobs = []
         for split, total in (("train", n_train), ("val", n_val)):
@@ -456,8 +471,12 @@ def write_demo(
                     (part / "masks" / split / name).mkdir(parents=True)
                 jobs += [(split, name, range(i, min(i + _BATCH, count))) for i in range(0, count, _BATCH)]
         with ThreadPoolExecutor(num_threads or os.cpu_count() or 1) as pool:
-            for done in [pool.submit(_write_batch, part, *job, size, seed) for job in jobs]:
-                done.result()
+            drawn = [pool.submit(_write_batch, part, *job, size, seed) for job in jobs]
+            try:
+                for batch in drawn:
+                    batch.result()
+            finally:
+                pool.shutdown(cancel_futures=True)  # an error or Ctrl-C ends it at once, not after all images
         (part / marker.name).write_text(json.dumps(settings))
         os.replace(part, root)
     finally:

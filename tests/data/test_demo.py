@@ -1,6 +1,9 @@
 from __future__ import annotations
 
 import hashlib
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -94,6 +97,31 @@ def test_crash_leaves_nothing_half_written(tmp_path: Path, monkeypatch: pytest.M
     assert list(tmp_path.iterdir()) == []
     monkeypatch.undo()
     assert (write_demo(tmp_path / "set", n_train=10, n_val=10, size=32) / "demo.json").is_file()
+
+
+def test_an_error_stops_the_remaining_batches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+
+    def fail(*args: object) -> None:
+        calls.append(args)
+        raise OSError("disk full")
+
+    monkeypatch.setattr(demo, "_write_batch", fail)
+    with pytest.raises(OSError, match="disk full"):
+        write_demo(tmp_path / "set", n_train=60_000, n_val=10, size=32, num_threads=1)
+    assert len(calls) < 10_000  # of 10,010 batches
+
+
+def test_remains_of_a_killed_writer_are_removed(tmp_path: Path) -> None:
+    writer = subprocess.Popen([sys.executable, "-c", ""])
+    writer.wait()
+    dead, alive = tmp_path / f".set.{writer.pid}.part", tmp_path / f".set.{os.getppid()}.part"
+    for folder in (dead, alive):
+        folder.mkdir()
+        (folder / "half.jpg").write_bytes(b"")
+    write_demo(tmp_path / "set", n_train=10, n_val=10, size=32)
+    assert not dead.exists()
+    assert (alive / "half.jpg").exists()
 
 
 @pytest.mark.parametrize("bad", [{"n_train": 9}, {"n_val": 0}, {"size": 8}, {"seed": -1}])
