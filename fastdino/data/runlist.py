@@ -2,7 +2,7 @@
 
 A sample is its place in that list. When a file breaks or vanishes during a run, the loader replaces it; when
 the run is then resumed, the list must still be the one it began with, or every sample after the missing one
-would be another. """
+would be another."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def reconcile(found: Manifest, file: Path) -> Manifest:
     itself.
 
     Missing images keep their place, with size 0; the loader replaces them by readable ones. New images make
-    it another data set: it is returned as found, and resuming tells the difference. """
+    it another data set: it is returned as found, and resuming tells the difference."""
     saved = json.loads(file.read_text())
     index = {name: i for i, name in enumerate(names(found))}
     gone = [name for name in saved["names"] if name not in index]

@@ -1,6 +1,6 @@
 """DINO: student and teacher of one architecture, cross-entropy between the teacher's centered, sharpened
 softmax and the student's softmax over all pairs of different views ("Emerging Properties in Self-Supervised
-Vision Transformers", Algorithm 1). """
+Vision Transformers", Algorithm 1)."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class DINO(nn.Module):
     """Student, teacher and center; knows nothing of optimizers and loops.
 
     The teacher stays in training mode as in the official code: batch normalisation in its head, if any, uses
-    batch statistics, and it has no stochastic depth. """
+    batch statistics, and it has no stochastic depth."""
 
     center: Tensor
 
@@ -51,7 +51,7 @@ class DINO(nn.Module):
         """Loss of ``global_crops`` [2B, C, H, W] and ``local_crops`` [N*B, C, h, w], both view-major.
 
         While the last layer is frozen its gradient is not even computed: no gradient means no optimizer step
-        for it. """
+        for it."""
         with torch.no_grad():
             teacher_z = self.teacher([global_crops])  # [2B, D]
             teacher_weight = self.teacher.head.weight()  # [K, D]
