@@ -13,9 +13,6 @@ from typing import Any
 
 from fastdino.config import Config, config_from_flags
 
-MASS = 0.8
-"""Share of a head's attention that its mask holds: appendix D of the paper; its figure 4 uses 0.6."""
-
 
 def _baseline_backbone(config: Config) -> Any:
     """The network before training: same seed, same weights."""
@@ -33,7 +30,7 @@ def run(out: Path, *, n_train: int = 4000, n_val: int = 1000, **flags: Any) -> d
     ``n_train`` and ``n_val`` are numbers of images; ``flags`` override the preset ``demo``. Figures are
     percentages on the held-out images: ``knn`` maps raw pixels, untrained and trained to top-1 by number of
     neighbours, ``jaccard`` untrained and trained to the overlap of the best head's attention mask with the
-    object."""
+    object. """
     from fastdino.data.demo import write_demo
 
     started = time.monotonic()
@@ -57,13 +54,14 @@ def run(out: Path, *, n_train: int = 4000, n_val: int = 1000, **flags: Any) -> d
     size = 2 * config.crops.global_crops_size  # a finer map than the crops of training give, as in the paper
     trained, device = trainer.method.teacher.backbone, trainer.world.device
     scores = {
-        name: jaccard(backbone, paths, masks, image_size=size, threshold=MASS, device=device).mean
+        name: jaccard(backbone, paths, masks, image_size=size, device=device).mean
         for name, backbone in (("untrained", _baseline_backbone(config).to(device)), ("trained", trained))
     }
     log = out / "eval.jsonl"
     keep_lines(log, lambda record: "jaccard" not in record)
-    record = {"step": trainer.step, "epoch": trainer.step // trainer.steps_per_epoch}
-    append_line(log, record | {"jaccard": scores, "jaccard_mass": MASS})
+    append_line(
+        log, {"step": trainer.step, "epoch": trainer.step // trainer.steps_per_epoch, "jaccard": scores}
+    )
     shown = range(0, len(paths), max(1, len(paths) // 8))
     report = write_report(
         out,
@@ -100,7 +98,7 @@ def show(figures: dict[str, Any]) -> None:
     table.add_column("features")
     for k in ks:
         table.add_column(f"k-NN top-1, k={k}", justify="right")
-    table.add_column(f"Jaccard of attention, {MASS:.0%} of mass", justify="right")
+    table.add_column("attention-mask Jaccard", justify="right")
     for key, label in (
         ("raw_pixels", "raw pixels"),
         ("untrained", "ViT, untrained"),

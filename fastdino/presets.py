@@ -38,7 +38,7 @@ def demo() -> dict[str, Any]:
         "epochs": 48,
         "warmup_epochs": 1,
         "freeze_last_layer": 0,
-        "lr": 0.008,
+        "lr": 0.016,
         "min_lr": 1e-5,
         "weight_decay_end": 0.04,
         "eval_every": 8,

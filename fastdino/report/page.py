@@ -72,7 +72,6 @@ def write_report(
             image_paths[:_MOST_IMAGES],
             mask_paths[:_MOST_IMAGES],
             side=_side(run, backbone.patch_size),
-            threshold=read_scores(run).jaccard_mass,
             device=device,
         )
     page = render(run, seen)

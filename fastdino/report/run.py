@@ -143,8 +143,6 @@ class Scores:
     curve: list[tuple[float, float]] = field(default_factory=list)
     """Step and top-1 of the teacher at the main k."""
     jaccard: list[Bar] = field(default_factory=list)
-    jaccard_mass: float = 0.6
-    """Share of a head's attention that its mask holds."""
 
     def of(self, tone: str) -> float:
         """Top-1 at the main k of raw, untrained or trained; NaN if absent."""
@@ -168,8 +166,6 @@ def read_scores(run: Run) -> Scores:
                     found[tone] = top1
         if isinstance(record.get("jaccard"), dict):
             jaccard |= {k: number(v) for k, v in record["jaccard"].items() if math.isfinite(number(v))}
-            mass = number(record.get("jaccard_mass"))
-            scores.jaccard_mass = mass if 0.0 < mass < 1.0 else 0.6
     scores.ks = sorted({k for top1 in found.values() for k in top1}, key=lambda k: (len(k), k))[:8]
     if scores.ks:
         scores.main = "20" if "20" in scores.ks else scores.ks[-1]
