@@ -13,6 +13,9 @@ from typing import Any
 
 from fastdino.config import Config, config_from_flags
 
+MASSES = (0.6, 0.8)
+"""Shares of a head's attention that a mask holds: figure 4 of the paper says 0.6, its appendix D 0.8."""
+
 
 def _baseline_backbone(config: Config) -> Any:
     """The network before training: same seed, same weights."""
@@ -30,7 +33,7 @@ def run(out: Path, *, n_train: int = 4000, n_val: int = 1000, **flags: Any) -> d
     ``n_train`` and ``n_val`` are numbers of images; ``flags`` override the preset ``demo``. Figures are
     percentages on the held-out images: ``knn`` maps raw pixels, untrained and trained to top-1 by number of
     neighbours, ``jaccard`` untrained and trained to the overlap of the best head's attention mask with the
-    object. """
+    object."""
     from fastdino.data.demo import write_demo
 
     started = time.monotonic()
@@ -53,14 +56,23 @@ def run(out: Path, *, n_train: int = 4000, n_val: int = 1000, **flags: Any) -> d
     paths, masks = pair_masks(images / "val", images / "masks" / "val")
     size = 2 * config.crops.global_crops_size  # a finer map than the crops of training give, as in the paper
     trained, device = trainer.method.teacher.backbone, trainer.world.device
+    networks = {"untrained": _baseline_backbone(config).to(device), "trained": trained}
     scores = {
-        name: jaccard(backbone, paths, masks, image_size=size, device=device).mean
-        for name, backbone in (("untrained", _baseline_backbone(config).to(device)), ("trained", trained))
+        mass: {
+            name: jaccard(backbone, paths, masks, image_size=size, threshold=mass, device=device).mean
+            for name, backbone in networks.items()
+        }
+        for mass in MASSES
     }
     log = out / "eval.jsonl"
     keep_lines(log, lambda record: "jaccard" not in record)
     append_line(
-        log, {"step": trainer.step, "epoch": trainer.step // trainer.steps_per_epoch, "jaccard": scores}
+        log,
+        {
+            "step": trainer.step,
+            "epoch": trainer.step // trainer.steps_per_epoch,
+            "jaccard": scores[MASSES[0]],
+        },
     )
     shown = range(0, len(paths), max(1, len(paths) // 8))
     report = write_report(
@@ -98,16 +110,18 @@ def show(figures: dict[str, Any]) -> None:
     table.add_column("features")
     for k in ks:
         table.add_column(f"k-NN top-1, k={k}", justify="right")
-    table.add_column("attention-mask Jaccard", justify="right")
+    for mass in figures["jaccard"]:
+        table.add_column(f"Jaccard of attention, {mass:.0%} mass", justify="right")
     for key, label in (
         ("raw_pixels", "raw pixels"),
         ("untrained", "ViT, untrained"),
         ("trained", "ViT, DINO teacher"),
     ):
-        overlap = figures["jaccard"].get(key)
+        overlaps = [by_network.get(key) for by_network in figures["jaccard"].values()]
         style = "bold green" if key == "trained" else ""
         scores = [f"{figures['knn'][key][k]:.1f} %" for k in ks]
-        table.add_row(label, *scores, "-" if overlap is None else f"{overlap:.1f} %", style=style)
+        scores += ["-" if overlap is None else f"{overlap:.1f} %" for overlap in overlaps]
+        table.add_row(label, *scores, style=style)
     console = Console(soft_wrap=True)
     console.print(table)
     minutes, seconds = divmod(round(figures["seconds"]), 60)
