@@ -15,6 +15,7 @@ import time
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
@@ -153,8 +154,9 @@ class Trainer:
     def checkpoints(self) -> Path:
         return self.output / "checkpoints"
 
+    @cached_property
     def _identity(self) -> dict[str, Any]:
-        """What must not change between a run and its continuation."""
+        """What must not change between a run and its continuation; made once, for it covers every image."""
         names = "\0".join(runlist.names(self.manifest))
         digest = hashlib.sha256(names.encode("utf-8", "surrogateescape"))
         plain = config_to_dict(self.config)
@@ -191,7 +193,7 @@ class Trainer:
         """
         model, optimizer, meta = checkpoint.load(path)
         imported = "official" in meta  # an official file does not know its images and counts epochs only
-        ours, theirs = json.loads(json.dumps(self._identity())), meta["identity"]
+        ours, theirs = json.loads(json.dumps(self._identity)), meta["identity"]
         different = [
             f"{k}: checkpoint {theirs.get(k)!r}, now {ours.get(k)!r}"
             for k in ours
@@ -257,8 +259,7 @@ class Trainer:
         while self.step < self.total_steps:
             hyper, epoch = self.schedule(self.step), self.step // self.steps_per_epoch
             reporting = (self.step + 1) % run.log_every == 0
-            # stochastic depth draws from a generator that is a function of (seed, step, rank): nothing to
-            # save
+            # stochastic depth draws from a function of (seed, step, rank): nothing to save
             torch.manual_seed((run.seed * 1_000_003 + self.step) * 65_537 + self.world.rank)
             result = train_step(
                 self.method,
@@ -287,7 +288,7 @@ class Trainer:
                     "bad_steps": self.counters["bad_steps"],
                     "time": time.time(),
                 }
-                record["lr"], record["wd"] = hyper.lr, record.pop("weight_decay")
+                record["wd"] = record.pop("weight_decay")
                 append_line(self.output / "metrics.jsonl", record)
                 curves.add({k: v for k, v in record.items() if k not in ("step", "time")}, self.step)
                 screen.show(self.step, epoch, _line(record))
@@ -407,7 +408,7 @@ class Trainer:
                 "epoch": self.step // self.steps_per_epoch,
                 "steps_per_epoch": self.steps_per_epoch,
                 "config": config_to_dict(self.config),
-                "identity": self._identity(),
+                "identity": self._identity,
                 "world_size": self.world.size,
                 "scaler": {"scale": self.scaler.scale, "good_steps": self.scaler.good_steps},
                 "counters": self.counters,
