@@ -82,7 +82,7 @@ def test_choice_of_backend(library: object) -> None:
     assert resolve(torch.ones(2, device="meta")) == "reference"
     with backend("cpu"), pytest.raises(ValueError, match="'cpu' was set, but the tensors are on meta"):
         resolve(torch.ones(2, device="meta"))
-    with pytest.raises(ValueError, match="expected one of auto, cpu, reference, got 'gpu'"):
+    with pytest.raises(ValueError, match="expected one of auto, triton, cpu, reference, got 'gpu'"):
         set_backend("gpu")
     assert resolve(x) == "cpu"
 
