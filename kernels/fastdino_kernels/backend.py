@@ -29,9 +29,7 @@ def set_backend(name: str) -> None:
             "backend: 'cpu' needs the compiled library; run pip install again with a C++17 compiler"
         )
     if name == "triton" and not _triton_found():
-        raise RuntimeError(
-            "backend: 'triton' needs the package triton; CUDA builds of PyTorch bring it along"
-        )
+        raise RuntimeError("backend: 'triton' needs the package triton, which CUDA builds of PyTorch bring")
     _choice = name
 
 
