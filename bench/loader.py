@@ -24,7 +24,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -171,7 +171,7 @@ def ours(
     workers: int,
     n_batches: int,
     *,
-    cache: Literal["on", "off"],
+    cache: bool,
 ) -> Figures:
     with MultiCropLoader(
         manifest,
@@ -260,8 +260,8 @@ def compare(
     setting = (manifest, crops, args.batch, args.workers, max(1, args.count // args.batch))
     providers: dict[str, Callable[[], Figures]] = {
         "official": lambda: official(*setting),
-        "fastdino": lambda: ours(*setting, cache="off"),
-        "fastdino, decoded once": lambda: ours(*setting, cache="on"),
+        "fastdino": lambda: ours(*setting, cache=False),
+        "fastdino, decoded once": lambda: ours(*setting, cache=True),
     }
     rounds = [{name: run() for name, run in providers.items()} for _ in range(args.rounds)]
     contested = sum(max(row[p]["competing_cores"] for p in row) > CONTESTED for row in rounds)

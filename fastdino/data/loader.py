@@ -58,7 +58,7 @@ class MultiCropLoader:
     and stays valid.
 
     `num_threads` (0: all cores) threads decode and as many finish. `cache_decoded` keeps all decoded images
-    in memory: "auto" where they take at most `CACHE_LIMIT` and a quarter of the free memory, per process.
+    in memory (see `wants_cache`).
 
     A file that turns out to be unreadable is replaced for good by the next readable one of the manifest,
     logged and named in `replaced`; the number of steps stays the same. If that happens to more than a tenth
@@ -84,7 +84,7 @@ class MultiCropLoader:
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
         num_threads: int = 0,
-        cache_decoded: Literal["auto", "on", "off"] = "auto",
+        cache_decoded: bool = False,
         prefetch: int = 2,
     ) -> None:
         self.steps_per_epoch = sampler.steps_per_epoch(len(manifest), global_batch)
@@ -105,7 +105,7 @@ class MultiCropLoader:
         self._held: deque[_Buffer] = deque()
         self._producer = _Producer(
             images=images,
-            cache=wants_cache(manifest, cache_decoded, num_threads),
+            cache=cache_decoded,
             schedule=schedule,
             crops=crops,
             device=device,
@@ -427,9 +427,10 @@ def import_dali() -> Any:
 
 
 def wants_cache(manifest: Manifest, choice: Literal["auto", "on", "off"], num_threads: int) -> bool:
-    """Whether to keep all decoded images in memory.
+    """Whether to keep all decoded images in memory; ``choice`` is the flag ``--cache_decoded``.
 
-    Raises ValueError if the choice is "on" and they do not fit into the free memory.
+    "auto" does where they take at most `CACHE_LIMIT` and a quarter of the free memory, per process. Raises
+    ValueError if the choice is "on" and they do not fit into the free memory.
     """
     if choice == "off":
         return False

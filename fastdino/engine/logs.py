@@ -9,7 +9,6 @@ import os
 import platform
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Mapping
 from importlib import metadata
 from pathlib import Path
@@ -17,7 +16,7 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TextColumn
 
 _PACKAGES = (
     "torch",
@@ -138,13 +137,13 @@ class Screen:
     def __init__(self, total: int, start: int, enabled: bool):
         self.console = Console(quiet=not enabled, soft_wrap=True, highlight=False)
         self.live = self.console.is_terminal and enabled
-        self.total, self.first, self.started = total, start, time.monotonic()
+        self.total = total
+        self.pace: float | None = None  # seconds per step, smoothed; evaluations and start-up do not count
         self.progress = Progress(
             TextColumn("epoch {task.fields[epoch]}"),
             BarColumn(bar_width=24),
             TextColumn("{task.completed}/{task.total}"),
             TextColumn("{task.fields[text]}"),
-            TimeRemainingColumn(),
             console=self.console,
         )
         self.task = self.progress.add_task("train", total=total, completed=start, epoch="-", text="")
@@ -154,13 +153,14 @@ class Screen:
     def say(self, text: str) -> None:
         self.console.print(text, markup=False)
 
-    def show(self, step: int, epoch: int, text: str) -> None:
+    def show(self, step: int, epoch: int, text: str, seconds_per_step: float) -> None:
+        self.pace = seconds_per_step if self.pace is None else 0.8 * self.pace + 0.2 * seconds_per_step
+        minutes, seconds = divmod(int(self.pace * (self.total - step)), 60)
+        text = f"{text} eta {minutes // 60}:{minutes % 60:02d}:{seconds:02d}"
         if self.live:
             self.progress.update(self.task, completed=step, epoch=epoch, text=text)
             return
-        spent = time.monotonic() - self.started
-        left = spent / max(step - self.first, 1) * (self.total - step)
-        self.say(f"epoch {epoch} step {step}/{self.total} {text} eta {int(left // 60)}:{int(left % 60):02d}")
+        self.say(f"epoch {epoch} step {step}/{self.total} {text}")
         sys.stdout.flush()
 
     def close(self) -> None:

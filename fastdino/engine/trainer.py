@@ -24,7 +24,7 @@ import torch
 
 from fastdino.config import Config, config_to_dict, config_to_yaml, split_batch
 from fastdino.data import runlist, sampler
-from fastdino.data.loader import MultiCropLoader
+from fastdino.data.loader import MultiCropLoader, wants_cache
 from fastdino.data.manifest import Manifest, build_manifest
 from fastdino.data.prescan import prescan
 from fastdino.data.preview import contact_sheet
@@ -74,6 +74,7 @@ class Trainer:
 
         self.manifest = self._open_data()
         self.steps_per_epoch = sampler.steps_per_epoch(len(self.manifest), self.global_batch)
+        self.cache_decoded = wants_cache(self.manifest, config.data.cache_decoded, self._data_threads())
         self.schedule = Schedule(config, self.steps_per_epoch, self.global_batch)
         self.total_steps = min(config.optim.max_steps or self.schedule.total_steps, self.schedule.total_steps)
         self.monitor = Monitor(
@@ -230,7 +231,7 @@ class Trainer:
             device=self.world.device,
             dtype=torch.float32 if self.world.device.type == "cpu" else self.dtype,
             num_threads=self._data_threads(),
-            cache_decoded=self.config.data.cache_decoded,
+            cache_decoded=self.cache_decoded,
         )
         screen = Screen(self.total_steps, self.step, enabled=self.world.main)
         with loader, _signals(self._on_signal):
@@ -291,7 +292,7 @@ class Trainer:
                 record["wd"] = record.pop("weight_decay")
                 append_line(self.output / "metrics.jsonl", record)
                 curves.add({k: v for k, v in record.items() if k not in ("step", "time")}, self.step)
-                screen.show(self.step, epoch, _line(record))
+                screen.show(self.step, epoch, _line(record), self.global_batch / record["img_s"])
             if epoch_ends:
                 self._end_epoch(epoch, hyper.lr, hyper.weight_decay, screen)
             if epoch_ends or finished or (run.save_every > 0 and self.step % run.save_every == 0):

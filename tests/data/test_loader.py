@@ -108,15 +108,15 @@ def test_without_local_crops(manifest, uninterrupted):
         {"num_threads": 1},
         {"num_threads": 3, "prefetch": 5},
         {"prefetch": 1},
-        {"cache_decoded": "on"},
-        {"cache_decoded": "off"},
+        {"cache_decoded": True},
+        {"cache_decoded": False},
     ],
 )
 def test_threads_prefetching_and_cache_change_nothing(manifest, uninterrupted, options):
     assert_same(load(manifest, 10, **options), uninterrupted)
 
 
-@pytest.mark.parametrize("cache_decoded", ["on", "off"])
+@pytest.mark.parametrize("cache_decoded", [True, False])
 @pytest.mark.parametrize("start", [1, 3, 7])
 def test_a_resumed_run_goes_on_to_the_bit(manifest, uninterrupted, start, cache_decoded):
     assert_same(
@@ -124,7 +124,7 @@ def test_a_resumed_run_goes_on_to_the_bit(manifest, uninterrupted, start, cache_
     )
 
 
-@pytest.mark.parametrize("cache_decoded", ["on", "off"])
+@pytest.mark.parametrize("cache_decoded", [True, False])
 @pytest.mark.parametrize(("world_size", "micro_batch"), [(1, 2), (2, 4), (2, 2), (4, 1), (8, 1)])
 def test_processes_and_accumulation_share_out_the_same_samples(
     manifest, uninterrupted, world_size, micro_batch, cache_decoded
@@ -158,7 +158,7 @@ def test_seeds_and_epochs_give_other_crops(manifest):
 
 
 @pytest.mark.parametrize("prefetch", [1, 3])
-@pytest.mark.parametrize("cache_decoded", ["on", "off"])
+@pytest.mark.parametrize("cache_decoded", [True, False])
 def test_a_batch_stays_valid_until_the_next_but_prefetch_one(manifest, prefetch, cache_decoded):
     with MultiCropLoader(
         manifest, CROPS, seed=0, global_batch=4, micro_batch=4, prefetch=prefetch, cache_decoded=cache_decoded
@@ -238,7 +238,7 @@ def test_names_of_any_bytes(tmp_path):
     name = os.fsencode(tmp_path) + b"/\xff\n \xe9.png"
     Image.new("RGB", (20, 20), (1, 2, 3)).save(tmp_path / "a.png")
     os.rename(tmp_path / "a.png", name)
-    (batch,) = load(build_manifest(tmp_path), 1, global_batch=1, micro_batch=1, cache_decoded="off")
+    (batch,) = load(build_manifest(tmp_path), 1, global_batch=1, micro_batch=1, cache_decoded=False)
     assert torch.isfinite(batch.global_).all()
 
 
@@ -260,7 +260,7 @@ def damaged(manifest, tmp_path) -> Manifest:
 SUBSTITUTES = {4: 6, 5: 6, 11: 12, 29: 0}
 
 
-@pytest.mark.parametrize("cache_decoded", ["on", "off"])
+@pytest.mark.parametrize("cache_decoded", [True, False])
 def test_an_unreadable_file_is_replaced_by_the_next_readable_one(
     manifest, damaged, uninterrupted, caplog, cache_decoded
 ):
@@ -280,25 +280,25 @@ def test_an_unreadable_file_is_replaced_by_the_next_readable_one(
 
 
 @pytest.mark.parametrize(
-    "options", [{"cache_decoded": "on"}, {"num_threads": 1, "prefetch": 1}, {"prefetch": 4}]
+    "options", [{"cache_decoded": True}, {"num_threads": 1, "prefetch": 1}, {"prefetch": 4}]
 )
 def test_replacing_is_reproducible(damaged, options):
-    expected = load(damaged, 10, cache_decoded="off")
+    expected = load(damaged, 10, cache_decoded=False)
     assert_same(load(damaged, 10, **options), expected)
     assert_same(load(damaged, 6, start_step=4, **options), expected[4:])
 
 
 def test_all_processes_take_the_same_number_of_steps(damaged):
-    whole = [sorted(batch.ids.tolist()) for batch in load(damaged, 6, cache_decoded="off")]
+    whole = [sorted(batch.ids.tolist()) for batch in load(damaged, 6, cache_decoded=False)]
     parts = [
-        load(damaged, 6, world_size=2, rank=rank, micro_batch=4, cache_decoded="off") for rank in range(2)
+        load(damaged, 6, world_size=2, rank=rank, micro_batch=4, cache_decoded=False) for rank in range(2)
     ]
     assert [sorted(a.ids.tolist() + b.ids.tolist()) for a, b in zip(*parts, strict=True)] == whole
 
 
 def test_replaced_lists_the_files(damaged):
     with MultiCropLoader(
-        damaged, CROPS, seed=3, global_batch=BATCH, micro_batch=BATCH, cache_decoded="on"
+        damaged, CROPS, seed=3, global_batch=BATCH, micro_batch=BATCH, cache_decoded=True
     ) as loader:
         next(loader)
         assert sorted(loader.replaced) == [damaged.paths[i] for i in sorted(SUBSTITUTES)]
@@ -309,7 +309,7 @@ def test_a_file_removed_during_training_is_replaced(manifest, damaged):
     for path, content in zip(damaged.paths, images.values(), strict=True):
         Path(path).write_bytes(content)
     with MultiCropLoader(
-        damaged, CROPS, seed=3, global_batch=BATCH, micro_batch=BATCH, cache_decoded="off", prefetch=1
+        damaged, CROPS, seed=3, global_batch=BATCH, micro_batch=BATCH, cache_decoded=False, prefetch=1
     ) as loader:
         first = copy(next(loader))
         victim = first.ids.tolist()[0]
@@ -325,11 +325,11 @@ def test_too_many_unreadable_files_stop_the_run(damaged):
     with pytest.raises(
         RuntimeError, match="--data_path: 11 of 30 images cannot be read, too many to replace; the last one"
     ):
-        load(damaged, 10, cache_decoded="off")
+        load(damaged, 10, cache_decoded=False)
     for path in damaged.paths:
         Path(path).write_bytes(b"")
     with pytest.raises(RuntimeError, match=r"of 30 images cannot be read, .*: empty file"):
-        load(damaged, 10, cache_decoded="on")
+        load(damaged, 10, cache_decoded=True)
 
 
 def test_a_failure_of_dali_on_readable_files_is_raised_with_their_names(manifest, monkeypatch):
@@ -346,7 +346,7 @@ def test_a_failure_of_dali_on_readable_files_is_raised_with_their_names(manifest
 
     monkeypatch.setattr(ImageSource, "_build", build)
     with pytest.raises(RuntimeError, match="DALI fails on readable files: .*png") as caught:
-        load(manifest, 1, cache_decoded="off")
+        load(manifest, 1, cache_decoded=False)
     assert builds == [0, 0] and "out of something" in str(caught.value.__cause__)
 
 
@@ -386,7 +386,7 @@ def test_close_joins_the_thread_and_ends_the_iteration(manifest):
         next(loader)
 
 
-@pytest.mark.parametrize("cache_decoded", ["on", "off"])
+@pytest.mark.parametrize("cache_decoded", [True, False])
 def test_after_close_nothing_of_dali_is_left_to_a_forked_child(manifest, cache_decoded):
     """Such as a worker of torch's DataLoader: taken apart there, a pipeline hangs or crashes."""
     gc.collect()
@@ -489,7 +489,7 @@ def test_a_large_data_set_is_not_opened_to_decide(manifest, monkeypatch):
 
 def test_the_memory_of_the_cache_is_said(manifest, caplog):
     with caplog.at_level(logging.INFO, "fastdino.data.loader"):
-        load(manifest, 1, cache_decoded="on")
+        load(manifest, 1, cache_decoded=True)
     assert "30 images decoded into 0 MiB of memory" in caplog.text
 
 

@@ -12,7 +12,9 @@ import pytest
 import torch
 from runs import command, environment, train
 
+from fastdino.config import config_from_flags
 from fastdino.engine import checkpoint
+from fastdino.engine.trainer import Trainer
 
 
 def final(out):
@@ -242,3 +244,11 @@ def test_held_out_images_may_be_bad_and_a_lost_evaluation_is_made_up_for(images,
     assert lines(out / "eval.jsonl") == [first, last]
     train(images, out, *flags)
     assert lines(out / "eval.jsonl") == [first, last]
+
+
+def test_a_cache_that_does_not_fit_is_refused_before_the_model_is_built(images, tmp_path, monkeypatch):
+    monkeypatch.setattr("fastdino.data.loader.free_memory", lambda: 1000)
+    monkeypatch.setattr("fastdino.engine.trainer.DINO", None)
+    flags = dict(data_path=str(images), output_dir=str(tmp_path), cache_decoded="on", batch_size_per_gpu=8)
+    with pytest.raises(ValueError, match="--cache_decoded on: the decoded images take at least"):
+        Trainer(config_from_flags(**flags))
