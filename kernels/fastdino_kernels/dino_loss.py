@@ -10,7 +10,7 @@ With ``x_v = student_v / s`` and ``p_g = softmax((teacher_g - c) / u)``, ``w = 1
 The CPU kernels (csrc/dino_loss.cpp) read each logit once for the loss and once for the gradient, and keep one
 small record of statistics per image between the two; nothing of size [rows, K] but the gradient itself is
 allocated. The functions below them work on any block of columns, which is how
-:func:`fastdino_kernels.prototype_loss` uses them as well.
+:func:`fastdino_kernels.prototype_loss` uses them as well. gpu/dino_loss.py does the same with Triton.
 """
 
 from __future__ import annotations
@@ -214,7 +214,15 @@ def dino_loss(
     check_views(
         "student_logits", student_logits.shape[0], "teacher_logits", teacher_logits.shape[0], n_global
     )
-    if resolve(student_logits, teacher_logits) == "reference":
+    chosen = resolve(student_logits, teacher_logits)
+    if chosen == "triton":
+        from .gpu.dino_loss import dino_loss as on_gpu
+
+        loss, batch_center, entropy = on_gpu(
+            student_logits, teacher_logits, center, student_temp, teacher_temp, n_global
+        )
+        return DinoLoss(loss, batch_center, entropy, loss.detach() - entropy)
+    if chosen == "reference":
         return reference.dino_loss(
             student_logits,
             teacher_logits,

@@ -59,24 +59,35 @@ def _autograd(ctx, grad):  # type: ignore[no-untyped-def]
 torch.library.register_autograd(_forward, _autograd, setup_context=_setup_context)
 
 
+def _output_dtype(weight_v: Tensor) -> torch.dtype:
+    device = weight_v.device.type
+    if weight_v.dtype != torch.float32 or not torch.is_autocast_enabled(device):
+        return weight_v.dtype
+    dtype = torch.get_autocast_dtype(device)
+    return weight_v.dtype if device == "cpu" and dtype != torch.bfloat16 else dtype
+
+
 def normalize_weight(weight_v: Tensor, weight_g: Tensor) -> Tensor:
     """Weight normalisation by rows: ``g_k v_k / |v_k|``.
 
     Args: weight_v [K, D] and weight_g [K, 1], both differentiable.
 
-    Returns: [K, D] in the dtype of ``weight_v``; under CPU autocast to bf16 rounded to bf16, which the GEMM
-        it feeds would
-        do anyway, and which halves the traffic to it and back.
+    Returns: [K, D] in the dtype of ``weight_v``; of fp32 weights under autocast (on the CPU to bf16 only), in
+        autocast's dtype, to which the GEMM it feeds would round anyway: halves the traffic to it and back.
 
     Raises: TypeError, ValueError naming the argument.
     """
     check_tensor("weight_v", weight_v, ("K", "D"))
     check_tensor("weight_g", weight_g, (weight_v.shape[0], 1), like=weight_v)
-    on_cpu = weight_v.device.type == "cpu" and weight_v.dtype == torch.float32
-    autocast = (
-        on_cpu and torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") == torch.bfloat16
-    )
-    dtype = torch.bfloat16 if autocast else weight_v.dtype
-    if resolve(weight_v) == "reference" or weight_v.dtype != torch.float32 or weight_g.dtype != torch.float32:
+    dtype = _output_dtype(weight_v)
+    chosen = resolve(weight_v, weight_g)
+    if chosen == "triton":
+        from .gpu.normalize_weight import MAX_COLUMNS
+        from .gpu.normalize_weight import normalize_weight as on_gpu
+
+        if weight_v.shape[1] <= MAX_COLUMNS:
+            return on_gpu(weight_v, weight_g, dtype)
+        chosen = "reference"
+    if chosen == "reference" or weight_v.dtype != torch.float32 or weight_g.dtype != torch.float32:
         return reference.normalize_weight(weight_v, weight_g).to(dtype)
     return _forward(weight_v.contiguous(), weight_g.contiguous(), dtype)

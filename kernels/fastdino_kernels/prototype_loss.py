@@ -10,6 +10,8 @@ over them (csrc/dino_loss.cpp) adds up the statistics. The backward makes the lo
 while they are in the cache, and multiplies twice. Extra memory is one block, not [rows, K]; small problems,
 whose logits fit KEEP_BYTES, keep them from the forward and save a third of the work. GEMMs run in bf16 under
 autocast or for bf16 weights, else in fp32; statistics, dx and the accumulation of dz over blocks are fp32.
+
+On a GPU, gpu/prototype_loss.py chooses between this form and `flash`, which never writes logits at all.
 """
 
 from __future__ import annotations
@@ -255,7 +257,15 @@ def prototype_loss(
     check_temperature("student_temp", student_temp)
     check_temperature("teacher_temp", teacher_temp)
     check_views("student_z", student_z.shape[0], "teacher_z", teacher_z.shape[0], n_global)
-    if resolve(student_z, student_weight, teacher_z, teacher_weight) == "reference":
+    chosen = resolve(student_z, student_weight, teacher_z, teacher_weight)
+    if chosen == "triton":
+        from .gpu.prototype_loss import prototype_loss as on_gpu
+
+        loss, batch_center, entropy = on_gpu(
+            student_z, student_weight, teacher_z, teacher_weight, center, student_temp, teacher_temp, n_global
+        )
+        return PrototypeLoss(loss, batch_center, entropy, loss.detach() - entropy)
+    if chosen == "reference":
         return reference.prototype_loss(
             student_z,
             student_weight,

@@ -1,0 +1,65 @@
+"""Which form of the fused prototype loss runs on a GPU: ``flash`` or ``chunked``."""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+from torch import Tensor
+
+from .prototype_chunked import prototype_loss_chunked
+
+FORM = "auto"  # tests and benchmarks set it: "auto", "flash" or "chunked"
+
+
+def choose_form(capability: int, rows: int, k: int, d: int, dtype: torch.dtype) -> str:
+    """``flash`` or ``chunked`` for ``rows`` student rows, [k, d] prototypes and GEMMs in ``dtype``.
+
+    Not a measured table yet: flash wherever its kernels can run.
+    """
+    if FORM != "auto":
+        return FORM
+    fits = 64 <= d <= 512 and d & (d - 1) == 0
+    return "flash" if capability >= 80 and dtype != torch.float32 and fits else "chunked"
+
+
+def _capability(device: torch.device) -> int:
+    """80 for compute capability 8.0; 0 for the CPU under Triton's interpreter."""
+    major, minor = torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
+    return 10 * major + minor
+
+
+_capability._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def _gemm_dtype(capability: int, *tensors: Tensor) -> torch.dtype:
+    """Autocast's dtype where it is on, else the one that all tensors promote to."""
+    device = tensors[0].device.type
+    if torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
+    else:
+        dtype = functools.reduce(torch.promote_types, (x.dtype for x in tensors))
+    lacks_bf16 = 0 < capability < 80
+    return torch.float32 if lacks_bf16 and dtype == torch.bfloat16 else dtype
+
+
+def prototype_loss(
+    student_z: Tensor,
+    student_weight: Tensor,
+    teacher_z: Tensor,
+    teacher_weight: Tensor,
+    center: Tensor,
+    student_temp: float | Tensor,
+    teacher_temp: float | Tensor,
+    n_global: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """-> loss, batch center, teacher entropy, of checked arguments."""
+    tensors = (student_z, student_weight, teacher_z, teacher_weight)
+    capability, (k, d) = _capability(student_z.device), student_weight.shape
+    dtype = _gemm_dtype(capability, *tensors)
+    if choose_form(capability, student_z.shape[0], k, d, dtype) == "chunked":
+        return prototype_loss_chunked(*tensors, center, student_temp, teacher_temp, n_global, dtype)
+    from .prototype_flash import prototype_loss_flash
+
+    z, w, y, v = (x.to(dtype) for x in tensors)
+    return prototype_loss_flash(z, w, y, v, center, student_temp, teacher_temp, n_global)
