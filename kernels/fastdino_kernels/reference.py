@@ -10,9 +10,8 @@ the teacher the first ``G = n_global`` of them. Symbols: ``K`` prototypes, ``D``
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -28,6 +27,15 @@ class PrototypeLoss(NamedTuple):
     kl: Tensor  # [] fp32, loss - teacher_entropy = mean KL(teacher || student)
 
 
+class MatchedLoss(NamedTuple):
+    """Result of ``region_loss`` and ``patch_loss``; only ``loss`` carries a gradient."""
+
+    loss: Tensor  # [] fp32
+    batch_center: Tensor  # [K] fp32, mean of the raw teacher logits over all rows
+    teacher_entropy: Tensor  # [] fp32, mean entropy over all teacher rows in nats, used or not
+    kl: Tensor  # [] fp32, loss - sum_r w_r (entropies of r's targets) = weighted sum of KL(target || student)
+
+
 class DinoLoss(NamedTuple):
     """Result of :func:`fastdino_kernels.dino_loss`; only ``loss`` carries a gradient."""
 
@@ -35,6 +43,13 @@ class DinoLoss(NamedTuple):
     batch_center: Tensor  # [K] fp32, mean of the raw teacher logits over all rows
     teacher_entropy: Tensor  # [] fp32, mean entropy of the teacher's targets in nats
     kl: Tensor  # [] fp32, loss - teacher_entropy = mean KL(teacher || student)
+
+
+class InfoNCE(NamedTuple):
+    """Result of :func:`fastdino_kernels.info_nce`; only ``loss`` carries a gradient."""
+
+    loss: Tensor  # [] fp32
+    accuracy: Tensor  # [] fp32, fraction of queries closer to their key than to all of the queue
 
 
 def dino_loss(
@@ -105,6 +120,102 @@ def prototype_loss(
     return PrototypeLoss(out.loss, batch_center, out.teacher_entropy, out.kl)
 
 
+def soft_cross_entropy(logits: Tensor, target: Tensor, *, temp: float | Tensor) -> Tensor:
+    """``-sum_k target_k log softmax(logits / temp)_k`` of each row: [R, K], [R, K] -> [R].
+
+    A term with target 0 is 0 whatever the logit.
+    """
+    target = target.detach()
+    log_p = F.log_softmax(_upcast(logits) / temp, dim=-1)  # [R, K]
+    return -(target * log_p).masked_fill(target == 0, 0).sum(-1)
+
+
+def sinkhorn_columns(logits: Tensor, temp: float | Tensor, columns: Tensor | None = None) -> Tensor:
+    """Logarithm of each prototype's sum over the samples: logits [R, K] -> [K].
+
+    Without ``columns`` of ``exp(logits / temp)``; with them, after prototype k was divided by
+    ``exp(columns_k)`` (where that is not 0) and each sample then by its sum, relative to the same logits.
+    """
+    x = _upcast(logits) / temp  # [R, K]
+    if columns is not None:
+        x = x - (x - columns.masked_fill(columns == -torch.inf, 0)).logsumexp(1, keepdim=True)
+    return x.logsumexp(0)
+
+
+def sinkhorn_targets(logits: Tensor, temp: float | Tensor, columns: Tensor) -> Tensor:
+    """Samples normalised to 1 after prototype k was divided by ``exp(columns_k)``: [R, K], [K] -> [R, K]."""
+    return (_upcast(logits) / temp - columns.masked_fill(columns == -torch.inf, 0)).softmax(1)
+
+
+def sinkhorn_knopp(logits: Tensor, *, temp: float | Tensor, n_iters: int = 3) -> Tensor:
+    """``Q = exp(logits / temp)``, each prototype divided by its sum, then each sample, ``n_iters`` times.
+
+    Args: logits [R, K] of all processes. Returns: [R, K], rows sum to 1 (Caron et al. 2020, section 3.1). A
+        prototype whose logits are all -inf keeps its zeros.
+    """
+    x = _upcast(logits.detach()) / temp  # [R, K], logarithm of Q
+    for _ in range(n_iters):
+        columns = x.logsumexp(0)
+        x = (x - columns.masked_fill(columns == -torch.inf, 0)).log_softmax(1)
+    return x.exp()
+
+
+def info_nce(query: Tensor, key: Tensor, queue: Tensor, *, temp: float | Tensor) -> InfoNCE:
+    """``-log(e^(q.k / temp) / (e^(q.k / temp) + sum_j e^(q.n_j / temp)))``, mean over the queries.
+
+    He et al. 2020, eq. 1. Args: query [R, D]; key [R, D], the positives; queue [D, Q], the negatives n_j in
+        its columns.
+    """
+    positive = (_upcast(query) * _upcast(key.detach())).sum(1, keepdim=True)  # [R, 1]
+    negative = _upcast(_matmul_t(query, queue.detach().t()))  # [R, Q]
+    logits = torch.cat([positive, negative], 1) / temp
+    loss = F.cross_entropy(logits, torch.zeros(len(query), dtype=torch.long, device=query.device))
+    closer = positive[:, 0] > negative.amax(1)
+    return InfoNCE(loss, closer.to(positive.dtype).mean())
+
+
+def matched_loss(
+    student_z: Tensor,
+    student_weight: Tensor,
+    teacher_z: Tensor,
+    teacher_weight: Tensor,
+    center: Tensor,
+    match: Tensor,
+    *,
+    row_weight: Tensor | None = None,
+    student_temp: float | Tensor,
+    teacher_temp: float | Tensor,
+) -> MatchedLoss:
+    """Weighted cross-entropy of student row ``r`` with the teacher rows ``match[r]``.
+
+    ``p_t = softmax((W' y_t - c) / u)`` and ``x_r = W z_r / s``; ``loss = - sum_r w_r sum_g sum_k p_tk log
+    softmax(x_r)_k`` with ``t = match[r, g]``, over the entries that are not negative. Without ``row_weight``
+    every such entry counts the same: ``w_r = 1 / their number``. A row without an entry contributes nothing.
+
+    Args: student_z [R, D], student_weight [K, D], teacher_z [T, D], teacher_weight [K, D], center [K], match
+        int64 [R, G] with negative numbers for no teacher row, row_weight [R].
+    """
+    x = _upcast(_matmul_t(student_z, student_weight)) / student_temp  # [R, K]
+    with torch.no_grad():
+        raw = _upcast(_matmul_t(teacher_z, teacher_weight))  # [T, K]
+        batch_center = _upcast(teacher_weight) @ _upcast(teacher_z).mean(0)  # [K]
+        log_p = F.log_softmax((raw - center) / teacher_temp, dim=-1)
+        p = log_p.exp()
+        entropy = -(p * log_p).masked_fill(p == 0, 0).sum(-1)  # [T]
+        valid = match >= 0  # [R, G]
+        if row_weight is None:
+            row_weight = (1 / valid.sum().clamp(min=1).to(x.dtype)).expand(len(match))
+        row_weight = row_weight.to(x.dtype)
+        target = torch.zeros_like(x)
+        for rows, present in zip(match.clamp(min=0).T, valid.T, strict=True):
+            target += p[rows] * present[:, None]
+        used = (entropy[match.clamp(min=0)] * valid).sum(1)  # [R]
+    n = valid.sum(1)
+    rows_loss = torch.where(n > 0, n * x.logsumexp(-1) - (target * x).sum(-1), 0)  # [R]
+    loss = (row_weight * rows_loss).sum()
+    return MatchedLoss(loss, batch_center, entropy.mean(), loss.detach() - (row_weight * used).sum())
+
+
 def normalize_weight(weight_v: Tensor, weight_g: Tensor) -> Tensor:
     """``g_k v_k / |v_k|`` (Salimans & Kingma 2016): weight_v [K, D], weight_g [K, 1] -> [K, D]."""
     return weight_v * (weight_g / torch.linalg.vector_norm(weight_v, dim=1, keepdim=True))
@@ -112,24 +223,38 @@ def normalize_weight(weight_v: Tensor, weight_g: Tensor) -> Tensor:
 
 @torch.no_grad()
 def ema_update_(teacher: Sequence[Tensor], student: Sequence[Tensor], momentum: float | Tensor) -> None:
-    """``teacher <- m teacher + (1 - m) student``, tensor by tensor, in the teacher's dtype."""
+    """``teacher <- m teacher + (1 - m) student``, tensor by tensor, in the teacher's dtype.
+
+    A momentum of 1 changes no byte."""
     for t, s in zip(teacher, student, strict=True):
-        t.mul_(momentum).add_((1 - momentum) * s.to(t.dtype))
+        if isinstance(momentum, Tensor):
+            m = momentum.to(t)
+            t.copy_(torch.where(m == 1, t, m * t + (1 - m) * s.to(t.dtype)))
+        elif momentum != 1:
+            t.mul_(momentum).add_((1 - momentum) * s.to(t.dtype))
 
 
-@torch.no_grad()
-def grad_norms(grads: Sequence[Tensor | None], grad_scale: float = 1.0) -> Tensor:
-    """Norm of each gradient divided by ``grad_scale``, fp32 [n], summed in double; 0 for a missing one."""
-    norms = [
-        0.0 if g is None else torch.linalg.vector_norm(g, dtype=torch.float64).item() / grad_scale
-        for g in grads
-    ]
-    return torch.tensor(norms, dtype=torch.float32)
+def norm(grad: Tensor | None, device: torch.device) -> Tensor:
+    """Euclidean norm in float64, 0-dim; 0 without a gradient."""
+    if grad is None:
+        return torch.zeros((), dtype=torch.float64, device=device)
+    return torch.linalg.vector_norm(grad, dtype=torch.float64)
 
 
-def clip_coefficient(norm: float, max_norm: float) -> float:
-    """``min(1, max_norm / (norm + 1e-6))``, the official clipping; 1 where max_norm is 0."""
+Norm = TypeVar("Norm", float, Tensor)
+
+
+def clip_coefficient(norm: Norm, max_norm: float) -> Norm:
+    """``min(1, max_norm / (norm + 1e-6))``, the official clipping; 1 where max_norm is 0 or norm is NaN."""
+    if isinstance(norm, Tensor):
+        coefficient = max_norm / (norm + 1e-6)
+        return torch.where((coefficient < 1) & (max_norm > 0), coefficient, 1.0)
     return min(1.0, max_norm / (norm + 1e-6)) if max_norm > 0 else 1.0
+
+
+def put(x: Tensor, value: Tensor, frozen: Tensor | None) -> None:
+    """``x <- value``, unless ``frozen``: then no byte changes. None means not frozen."""
+    x.copy_(value if frozen is None else torch.where(frozen, x, value))
 
 
 @torch.no_grad()
@@ -138,22 +263,89 @@ def adamw_(
     grad: Tensor,
     exp_avg: Tensor,
     exp_avg_sq: Tensor,
+    step: Tensor,
     *,
-    step: int,
-    lr: float,
+    lr: float | Tensor,
     betas: tuple[float, float],
     eps: float,
-    weight_decay: float,
-    grad_factor: float = 1.0,
+    weight_decay: float | Tensor,
+    grad_factor: float | Tensor = 1.0,
+    frozen: Tensor | None = None,
 ) -> None:
-    """One AdamW step (Loshchilov & Hutter 2019, algorithm 2) on ``grad_factor * grad``; first step: 1."""
+    """One AdamW step (Loshchilov & Hutter 2019, algorithm 2) on ``grad_factor * grad``, none if ``frozen``.
+
+    ``step`` counts the steps before this one."""
+    m, v, direction = _adam(grad * grad_factor, exp_avg, exp_avg_sq, step, betas, eps)
+    new = (1 - lr * weight_decay) * param - lr * direction
+    for x, value in ((param, new), (exp_avg, m), (exp_avg_sq, v), (step, step + 1)):
+        put(x, value, frozen)
+
+
+@torch.no_grad()
+def lars_(
+    param: Tensor,
+    grad: Tensor,
+    buffer: Tensor,
+    *,
+    lr: float | Tensor,
+    weight_decay: float | Tensor,
+    momentum: float,
+    eta: float,
+    grad_factor: float | Tensor = 1.0,
+    frozen: Tensor | None = None,
+) -> None:
+    """One LARS step with momentum on ``grad_factor * grad``, nothing if ``frozen``.
+
+    ``u = g + wd p``, scaled by ``eta |p| / |u|`` (1 where that is 0 or not finite); for tensors of one
+    dimension ``u = g``. Then ``b <- momentum b + u``, ``p <- p - lr b``."""
+    update = grad * grad_factor
+    if param.ndim != 1:
+        update = update + weight_decay * param
+        scale = eta * torch.linalg.vector_norm(param) / torch.linalg.vector_norm(update)
+        update = update * torch.where((scale > 0) & torch.isfinite(scale), scale, 1.0)
+    new = momentum * buffer + update
+    put(param, param - lr * new, frozen)
+    put(buffer, new, frozen)
+
+
+@torch.no_grad()
+def lamb_(
+    param: Tensor,
+    grad: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    step: Tensor,
+    *,
+    lr: float | Tensor,
+    betas: tuple[float, float],
+    eps: float,
+    weight_decay: float | Tensor,
+    adapt: bool = True,
+    grad_factor: float | Tensor = 1.0,
+    frozen: Tensor | None = None,
+) -> None:
+    """One LAMB step (You et al. 2020, algorithm 2) on ``grad_factor * grad``, nothing if ``frozen``.
+
+    ``u = adam direction + wd p``, ``p <- p - lr r u`` with ``r = |p| / |u|`` (1 where either is 0, or without
+    ``adapt``). ``step`` counts the steps before this one."""
+    m, v, direction = _adam(grad * grad_factor, exp_avg, exp_avg_sq, step, betas, eps)
+    update = direction + weight_decay * param
+    p_norm, u_norm = torch.linalg.vector_norm(param), torch.linalg.vector_norm(update)
+    ratio = torch.where((p_norm > 0) & (u_norm > 0) & adapt, p_norm / u_norm, 1.0)
+    new = param - lr * ratio * update
+    for x, value in ((param, new), (exp_avg, m), (exp_avg_sq, v), (step, step + 1)):
+        put(x, value, frozen)
+
+
+def _adam(
+    grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, step: Tensor, betas: tuple[float, float], eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """New moments and the direction ``m_hat / (sqrt(v_hat) + eps)``, bias corrections in float64."""
     beta1, beta2 = betas
-    grad = grad * grad_factor
-    param.mul_(1 - lr * weight_decay)
-    exp_avg.lerp_(grad, 1 - beta1)
-    exp_avg_sq.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
-    denominator = (exp_avg_sq.sqrt() / math.sqrt(1 - beta2**step)).add_(eps)
-    param.addcdiv_(exp_avg, denominator, value=-lr / (1 - beta1**step))
+    n = step.double() + 1
+    m = exp_avg + (1 - beta1) * (grad - exp_avg)
+    v = beta2 * exp_avg_sq + (1 - beta2) * grad * grad
+    return m, v, m / (1 - beta1**n) / ((v / (1 - beta2**n)).sqrt() + eps)
 
 
 def _upcast(x: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -61,3 +62,16 @@ def check_no_grad(name: str, x: Tensor) -> None:
         raise ValueError(
             f"{name}: the teacher must not require grad; detach it or run it under torch.no_grad()"
         )
+
+
+def check_number(
+    name: str, value: float | Tensor, low: float = 0.0, high: float = math.inf, *, positive: bool = False
+) -> None:
+    """A number in [low, high] (> 0 with ``positive``), or a 0-dim tensor, whose value stays where it is."""
+    if isinstance(value, Tensor):
+        if value.dim() != 0:
+            raise ValueError(f"{name}: expected a number or a 0-dim tensor, got shape {list(value.shape)}")
+    elif not (low <= value <= high) or (positive and value == 0):
+        at_least = f">{'' if positive else '='} {low:g}"
+        expected = f"a number in [{low:g}, {high:g}]" if high < math.inf else f"a number {at_least}"
+        raise ValueError(f"{name}: expected {expected}, got {value}")
