@@ -1,28 +1,14 @@
 // Multi-tensor updates of fp32 tensors: gradient norms, AdamW + clipping + teacher EMA in one pass, EMA alone.
-// Every tensor is cut into blocks of fixed size that threads take one by one; a block's result does not depend on the
-// thread, so the results are bitwise the same for any number of threads.
+
+#include "updates.h"
 
 #include <cmath>
-#include <vector>
+#include <new>
 
 #include "parallel.h"
 #include "simd.h"
 
 namespace {
-
-constexpr int64_t kBlock = 8192;  // elements: 32 KB of each of the five streams, so the EMA finds the new values in the cache
-
-struct Block {
-    int64_t tensor, begin, count;
-};
-
-std::vector<Block> cut(int64_t n, const int64_t* sizes) {
-    std::vector<Block> blocks;
-    for (int64_t i = 0; i < n; ++i)
-        for (int64_t begin = 0; begin < sizes[i]; begin += kBlock)
-            blocks.push_back({i, begin, sizes[i] - begin < kBlock ? sizes[i] - begin : kBlock});
-    return blocks;
-}
 
 // Squares of fp32 numbers neither overflow nor vanish in double, so the sum is finite exactly if all elements are.
 FDK_CLONES double sum_of_squares(const float* x, int64_t n) {
@@ -79,13 +65,48 @@ FDK_CLONES void ema_f16(float* __restrict t, const uint16_t* __restrict p, int64
     }
 }
 
-void ema(float* t, const void* p, int dtype, int64_t begin, int64_t n, float keep, float rest) {
+// Rounded to nearest even; NaN stays NaN.
+FDK_CLONES void to_bf16(uint16_t* __restrict out, const float* __restrict x, int64_t n) {
+    for (int64_t i = 0; i < n; ++i) {
+        uint32_t bits;
+        std::memcpy(&bits, &x[i], sizeof bits);
+        const uint32_t rounded = (bits + 0x7fffu + (bits >> 16 & 1u)) >> 16;
+        out[i] = static_cast<uint16_t>((bits & 0x7fffffffu) > 0x7f800000u ? 0x7fc0u : rounded);
+    }
+}
+
+// A momentum of 1 changes no byte.
+void ema(float* t, const void* p, int dtype, int64_t begin, int64_t n, double momentum) {
+    const float keep = static_cast<float>(momentum), rest = static_cast<float>(1 - momentum);
+    if (rest == 0) return;
     if (dtype == 0) ema_f32(t + begin, static_cast<const float*>(p) + begin, n, keep, rest);
     if (dtype == 1) ema_bf16(t + begin, static_cast<const uint16_t*>(p) + begin, n, keep, rest);
     if (dtype == 2) ema_f16(t + begin, static_cast<const uint16_t*>(p) + begin, n, keep, rest);
 }
 
 }  // namespace
+
+namespace fdk {
+
+std::vector<Block> cut(int64_t n, const int64_t* sizes) {
+    std::vector<Block> blocks;
+    for (int64_t i = 0; i < n; ++i)
+        for (int64_t begin = 0; begin < sizes[i]; begin += kBlock)
+            blocks.push_back({i, begin, sizes[i] - begin < kBlock ? sizes[i] - begin : kBlock});
+    return blocks;
+}
+
+void Followers::follow(const float* param, const Block& b) const {
+    float* const teacher = teachers[b.tensor];
+    if (teacher) ema(teacher, param, 0, b.begin, b.count, momentum);
+    if (copies[b.tensor]) to_bf16(copies[b.tensor] + b.begin, param + b.begin, b.count);
+    if (teacher_copies[b.tensor]) to_bf16(teacher_copies[b.tensor] + b.begin, teacher + b.begin, b.count);
+}
+
+}  // namespace fdk
+
+using fdk::Block;
+using fdk::cut;
 
 extern "C" {
 
@@ -108,10 +129,13 @@ int fdk_sums_of_squares(int64_t n, const float* const* grads, const int64_t* siz
 
 // For each tensor AdamW with its row of scalars [n, 8]: grad factor (clip / scale), 1 - lr * decay, lr / (1 - beta1^step),
 // 1 / sqrt(1 - beta2^step), 1 - beta1, beta2, 1 - beta2, eps; then, where teachers[i] is not null,
-// teacher <- momentum * teacher + (1 - momentum) * the new value.
+// teacher <- momentum * teacher + (1 - momentum) * the new value; where copies[i] or teacher_copies[i] is not null, that
+// value in bf16.
 int fdk_adamw_ema(int64_t n, float* const* params, const float* const* grads, float* const* exp_avgs, float* const* exp_avg_sqs,
-                  float* const* teachers, const int64_t* sizes, const float* scalars, double momentum, int num_threads) {
+                  float* const* teachers, uint16_t* const* copies, uint16_t* const* teacher_copies, const int64_t* sizes,
+                  const float* scalars, double momentum, int num_threads) {
     try {
+        const fdk::Followers followers{teachers, copies, teacher_copies, momentum};
         const std::vector<Block> blocks = cut(n, sizes);
         fdk::parallel_for_dynamic(static_cast<int64_t>(blocks.size()), num_threads, [&](int64_t i) {
             const Block& b = blocks[i];
@@ -119,8 +143,7 @@ int fdk_adamw_ema(int64_t n, float* const* params, const float* const* grads, fl
             Scalars s;
             std::memcpy(&s, scalars + 8 * k, sizeof s);
             adamw(params[k] + b.begin, grads[k] + b.begin, exp_avgs[k] + b.begin, exp_avg_sqs[k] + b.begin, b.count, s);
-            if (teachers[k])
-                ema(teachers[k], params[k], 0, b.begin, b.count, static_cast<float>(momentum), static_cast<float>(1 - momentum));
+            followers.follow(params[k], b);
         });
         return 0;
     } catch (const std::bad_alloc&) {
@@ -135,8 +158,7 @@ int fdk_ema(int64_t n, float* const* teachers, const void* const* students, cons
         const std::vector<Block> blocks = cut(n, sizes);
         fdk::parallel_for_dynamic(static_cast<int64_t>(blocks.size()), num_threads, [&](int64_t i) {
             const Block& b = blocks[i];
-            ema(teachers[b.tensor], students[b.tensor], dtypes[b.tensor], b.begin, b.count, static_cast<float>(momentum),
-                static_cast<float>(1 - momentum));
+            ema(teachers[b.tensor], students[b.tensor], dtypes[b.tensor], b.begin, b.count, momentum);
         });
         return 0;
     } catch (const std::bad_alloc&) {

@@ -104,8 +104,8 @@ class OptimConfig:
     """Epochs of linear learning-rate warm-up."""
     min_lr: float = 1e-6
     """Learning rate at the end (not scaled)."""
-    optimizer: Literal["adamw", "sgd", "lars"] = "adamw"
-    """Update rule of the student; sgd and lars have momentum 0.9."""
+    optimizer: Literal["adamw", "sgd", "lars", "lamb"] = "adamw"
+    """Update rule of the student; sgd and lars have momentum 0.9, lamb is for large batches."""
     max_bad_steps: int = 10
     """NaN or infinite steps in a row before the run stops; such steps change nothing."""
 

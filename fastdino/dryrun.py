@@ -195,7 +195,7 @@ def _half(config: Config) -> bool:
 
 def _state_bytes(config: Config, parameters: int, world_size: int) -> float:
     """Student, teacher, gradients, optimizer in fp32; 16-bit copies; a bucket; weight-normed last layers."""
-    per_parameter = 12 + (8 if config.optim.optimizer == "adamw" else 4)
+    per_parameter = 12 + (8 if config.optim.optimizer in ("adamw", "lamb") else 4)
     per_parameter += 4 if _half(config) else 0
     per_parameter += 4 if world_size > 1 else 0
     model = config.model

@@ -128,7 +128,7 @@ def test_values_from_yaml_and_python_are_converted(flag: str, value: Any, expect
         ("epochs", True, "expected an integer, got True"),
         ("epochs", None, "expected an integer, got None"),
         ("lr", "fast", "expected a number, got 'fast'"),
-        ("optimizer", "adam", "expected one of adamw, sgd, lars, got 'adam'"),
+        ("optimizer", "adam", "expected one of adamw, sgd, lars, lamb, got 'adam'"),
         ("global_crops_scale", [0.5], "expected 2 numbers, got [0.5]"),
         ("data_path", 3, "expected text, got 3"),
         ("epoch", 3, "unknown flag, did you mean 'epochs'?"),

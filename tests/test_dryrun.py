@@ -121,6 +121,7 @@ def test_memory_grows_with_what_is_kept() -> None:
     fp32 = estimate(with_flags(Config(), {"precision": "fp32"}), None)
     assert fp32.activation_bytes > 1.5 * base.activation_bytes
     assert estimate(with_flags(Config(), {"optimizer": "lars"}), None).state_bytes < base.state_bytes
+    assert estimate(with_flags(Config(), {"optimizer": "lamb"}), None).state_bytes == base.state_bytes
     half = with_flags(Config(), {"batch_size": 64, "batch_size_per_gpu": 32})
     assert estimate(half, None).activation_bytes == base.activation_bytes / 2
     assert estimate(half, None).micro_batches == 2

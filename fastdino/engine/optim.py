@@ -1,18 +1,17 @@
 """The update: unscale, per-tensor clip, optimizer step and teacher EMA behind one call, and its state by
 parameter name.
 
-AdamW goes through the fused ``AdamWEMA``; SGD and LARS use their own step followed by the multi-tensor EMA.
-A step whose gradients are not finite changes nothing.
+AdamW, LARS and LAMB are fused with clipping and EMA; SGD is torch's, followed by the multi-tensor EMA. A step
+whose gradients are not finite changes nothing.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
-from fastdino_kernels import AdamWEMA, clip_grad_per_tensor_, ema_update_
-from fastdino_kernels.lars import LARS
+from fastdino_kernels import LAMB, LARS, AdamWEMA, clip_grad_per_tensor_, ema_update_
 from torch import Tensor, nn
 
 from fastdino.config import OptimConfig
@@ -33,7 +32,7 @@ def parameter_groups(module: nn.Module) -> list[dict]:
 
 class Update(NamedTuple):
     """What an update did: ``skipped`` when a gradient was not finite, ``grad_norms`` [tensors] before
-    clipping.
+    clipping, 0 without a gradient.
     """
 
     skipped: bool
@@ -51,19 +50,20 @@ class Updater:
         trained = [p for g in groups for p in g["params"]]
         frozen = [p for p in self.names if not p.requires_grad]
         self.pairs = [(p, teacher_of[self.names[p]]) for p in trained + frozen]  # (student, teacher)
+        fused: dict[str, Any] = dict(
+            lr=0.0,
+            teacher_params=[teacher_of[self.names[p]] for p in trained],
+            extra_ema=[(p, teacher_of[self.names[p]]) for p in frozen],
+        )
         self.optimizer: torch.optim.Optimizer
         if config.optimizer == "adamw":
-            self.optimizer = AdamWEMA(
-                groups,
-                [teacher_of[self.names[p]] for p in trained],
-                extra_ema=[(p, teacher_of[self.names[p]]) for p in frozen],
-                lr=0.0,
-                max_grad_norm=config.clip_grad,
-            )
-        elif config.optimizer == "sgd":
-            self.optimizer = torch.optim.SGD(groups, lr=0.0, momentum=0.9)
+            self.optimizer = AdamWEMA(groups, max_grad_norm=config.clip_grad, **fused)
+        elif config.optimizer == "lars":
+            self.optimizer = LARS(groups, max_grad_norm=config.clip_grad, **fused)
+        elif config.optimizer == "lamb":
+            self.optimizer = LAMB(groups, max_tensor_norm=config.clip_grad, **fused)
         else:
-            self.optimizer = LARS(groups, lr=0.0)
+            self.optimizer = torch.optim.SGD(groups, lr=0.0, momentum=0.9)
 
     def parameters(self) -> list[nn.Parameter]:
         return [p for group in self.optimizer.param_groups for p in group["params"]]
@@ -79,18 +79,13 @@ class Updater:
         for index, group in enumerate(self.optimizer.param_groups):
             group["lr"] = hyper.lr
             group["weight_decay"] = hyper.weight_decay if index == 0 else 0.0
-        if isinstance(self.optimizer, AdamWEMA):
+        if isinstance(self.optimizer, (AdamWEMA, LARS, LAMB)):
             result = self.optimizer.step(momentum=hyper.momentum, grad_scale=grad_scale, skip=skip)
             return Update(skip or bool(result.found_inf), result.grad_norms)
-        trained = [p for p in self.parameters() if p.grad is not None]
-        gradients = [p.grad for p in trained if p.grad is not None]
-        if grad_scale != 1.0:
-            torch._foreach_div_(gradients, grad_scale)
-        norms = torch.stack(torch._foreach_norm(gradients)) if gradients else torch.zeros(0)
+        parameters = self.parameters()
+        norms = clip_grad_per_tensor_(parameters, self.clip, grad_scale=grad_scale)
         if skip or not bool(torch.isfinite(norms).all()):
             return Update(True, norms)
-        if self.clip:
-            clip_grad_per_tensor_(trained, self.clip)
         self.optimizer.step()
         ema_update_([t for _, t in self.pairs], [s.detach() for s, _ in self.pairs], hyper.momentum)
         return Update(False, norms)
@@ -124,9 +119,6 @@ class Updater:
                     f"optimizer state {flat}: expected shape {tuple(parameter.shape)}, "
                     f"got {tuple(value.shape)}"
                 )
-            # torch keeps AdamW's step counts on the CPU, moments beside their parameters
-            entries.setdefault(parameter, {})[key] = (
-                value.clone() if value.ndim == 0 else value.to(parameter.device, copy=True)
-            )
+            entries.setdefault(parameter, {})[key] = value.to(parameter.device, copy=True)
         self.optimizer.state.clear()
         self.optimizer.state.update(entries)

@@ -283,6 +283,8 @@ def _settings(meta: Mapping[str, Any], config: Config, reference: MultiCropModel
         settings = [
             {"weight_decay": s["weight_decay"], "momentum": 0.9, "eta": 0.001, **filters} for s in settings
         ]
+    if config.optim.optimizer == "lamb":  # not one of the official script's, which cannot continue from it
+        settings = [{"weight_decay": s["weight_decay"], "betas": (0.9, 0.999), "eps": 1e-6} for s in settings]
     settings[0]["weight_decay"] = hyper.weight_decay
     return [{**s, "lr": hyper.lr} for s in settings]
 

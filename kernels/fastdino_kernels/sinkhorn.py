@@ -97,10 +97,24 @@ CPU = Form(_columns, _step, _targets)
 REFERENCE = Form(reference.sinkhorn_columns, reference.sinkhorn_columns, _reference_targets)
 
 
+def _nothing(logits: Tensor, *_: Tensor) -> Tensor:
+    return logits.new_full((logits.shape[1],), -torch.inf, dtype=torch.float64)
+
+
+def _no_targets(logits: Tensor, temp: Tensor, c: Tensor, dtype: torch.dtype) -> Tensor:
+    return torch.empty_like(logits, dtype=dtype)
+
+
+# A process without samples of its own takes part in the sums of the others.
+NO_SAMPLES = Form(_nothing, _nothing, _no_targets)
+
+
 def _prepare(logits: Tensor, temp: float | Tensor) -> tuple[Form, Tensor, Tensor]:
     """The form that answers, with logits and temperature as it takes them."""
     logits = logits.detach()
     kind = resolve(logits)
+    if len(logits) == 0 and kind != "reference":
+        return NO_SAMPLES, logits, torch.as_tensor(temp, dtype=torch.float32, device=logits.device)
     if kind == "triton":
         from .gpu import launch, sinkhorn
 
@@ -145,13 +159,14 @@ def _over_processes(local: Tensor, before: Tensor | None, group: dist.ProcessGro
 
 def _check(logits: Tensor, temp: float | Tensor, n_iters: int, group: Group) -> None:
     check_tensor("logits", logits, ("R", "K"))
-    if logits.numel() == 0:
-        raise ValueError(f"logits: expected at least one sample and one prototype, got {list(logits.shape)}")
     check_temperature("temp", temp)
     if not isinstance(n_iters, int) or n_iters < 1:
         raise ValueError(f"n_iters: expected a whole number, at least 1, got {n_iters!r}")
     if isinstance(group, str) and group != "local":
         raise ValueError(f"group: expected a process group, None or 'local', got {group!r}")
+    together = _process_group(group)  # of several processes, some may have no sample
+    if logits.shape[1] == 0 or len(logits) == 0 and (together is None or together.size() == 1):
+        raise ValueError(f"logits: expected at least one sample and one prototype, got {list(logits.shape)}")
 
 
 def sinkhorn_knopp(
@@ -171,7 +186,7 @@ def sinkhorn_knopp(
         n_iters: iterations; each ends with the samples' normalisation.
         group: processes whose samples are balanced together, each with R of its own; None is all processes
             where torch.distributed is initialised (SwAV, DINOv2), ``"local"`` is this process alone. Every
-            process of the group must call.
+            process of the group must call, also one whose R is 0.
         dtype: of the result; None is fp32, or float64 for float64 logits.
 
     Returns:

@@ -191,7 +191,7 @@ def test_accumulation_equals_one_large_batch_and_moves_the_teacher_once():
         )
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "sgd", "lars"])
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd", "lars", "lamb"])
 @pytest.mark.parametrize("site", ["pixels", "parameter", "gradient"])
 def test_a_bad_step_changes_no_byte(optimizer, site):
     config = tiny_config(optimizer=optimizer)
@@ -232,7 +232,7 @@ def test_last_layer_frozen_then_trained():
     assert method.student.head.last_layer.weight_g.eq(1).all()
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "sgd", "lars"])
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd", "lars", "lamb"])
 def test_state_round_trip_continues_bitwise(optimizer):
     config = tiny_config(optimizer=optimizer)
     method, updater = build(config)

@@ -7,6 +7,7 @@ import pickle
 
 import pytest
 import torch
+from fastdino_kernels import LAMB
 
 from fastdino.config import Config, as_flags, config_from_dict, config_to_dict
 from fastdino.engine import checkpoint
@@ -102,7 +103,11 @@ def native(optimizer: str, use_bn: bool = False) -> tuple[Config, dict, dict, di
     config.optim.optimizer = optimizer  # type: ignore[assignment]
     student, teacher = build_student_teacher(config)
     groups = parameter_groups(student)
-    kinds = {"adamw": torch.optim.AdamW, "sgd": lambda g: torch.optim.SGD(g, lr=0.1, momentum=0.9)}
+    kinds = {
+        "adamw": torch.optim.AdamW,
+        "sgd": lambda g: torch.optim.SGD(g, lr=0.1, momentum=0.9),
+        "lamb": LAMB,
+    }
     trainer = kinds[optimizer](groups)  # type: ignore[operator]
     for _ in range(2):
         student.head(student.backbone(torch.randn(4, 3, 32, 32))).square().sum().backward()
@@ -161,6 +166,18 @@ def test_export_loads_where_the_official_code_loads_it(tmp_path, optimizer, use_
         "growth_interval": 2000,
         "_growth_tracker": 7,
     }
+
+
+def test_export_of_an_optimizer_that_the_official_code_lacks(tmp_path) -> None:
+    config, model, state, meta = native("lamb", False)
+    checkpoint.save(tmp_path / "checkpoints", 30, model, state, meta)
+    assert main(["export", str(tmp_path), str(tmp_path / "out.pth")]) == 0
+    student, _ = build_student_teacher(config)
+    ours = LAMB(parameter_groups(student))
+    ours.load_state_dict(read_pickle(tmp_path / "out.pth")["optimizer"])
+    loaded = {f"{k}.{n}": v for n, p in student.named_parameters() for k, v in ours.state.get(p, {}).items()}
+    assert set(loaded) == set(state) and all(torch.equal(v, state[k]) for k, v in loaded.items())
+    assert 0.04 < ours.param_groups[0]["weight_decay"] < 0.045 and ours.param_groups[0]["eps"] == 1e-6
 
 
 def test_our_checkpoint_survives_the_official_format(tmp_path) -> None:

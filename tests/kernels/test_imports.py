@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import shutil
 import subprocess
 import sys
@@ -11,6 +12,7 @@ import fastdino_kernels
 import pytest
 import torch
 from fastdino_kernels import backend, dino_loss, set_backend
+from fastdino_kernels.__main__ import OPERATIONS
 from fastdino_kernels.backend import resolve
 
 
@@ -98,12 +100,12 @@ def test_the_command_prints_the_table(library: object) -> None:
         [sys.executable, "-m", "fastdino_kernels"], capture_output=True, text=True, timeout=120
     )
     assert done.returncode == 0, done.stderr
-    table = {
-        line.split()[0]: line.split()[1] for line in done.stdout.splitlines() if line and line[0].islower()
-    }
-    for operation in ("prototype_loss", "dino_loss", "normalize_weight", "AdamWEMA", "ema_update_"):
-        assert f"{operation} " in done.stdout
-    assert table["prototype_loss"] == table["dino_loss"] == "cpu"
+    rows = [line.split(None, 2) for line in done.stdout.splitlines() if line and not line.startswith(" ")]
+    table = {row[0]: row[1:] for row in rows if row[0] in OPERATIONS}
+    assert table.keys() == OPERATIONS.keys()
+    gpu = "triton" if importlib.util.find_spec("triton") else "reference"
+    for operation, backends in table.items():
+        assert backends == ["cpu", "host only" if operation == "multicrop" else gpu]
 
 
 def test_public_names_exist_and_are_documented() -> None:

@@ -91,6 +91,7 @@ def test_adamw_is_torchs() -> None:
     p = torch.nn.Parameter(rand(7, 3, seed=0))
     q, m, v = p.detach().clone(), torch.zeros(7, 3).double(), torch.zeros(7, 3).double()
     optimizer = torch.optim.AdamW([p], lr=0.01, weight_decay=0.3)
+    count = torch.zeros(())
     for step in range(1, 6):
         p.grad = rand(7, 3, seed=step)
         optimizer.step()
@@ -99,7 +100,7 @@ def test_adamw_is_torchs() -> None:
             2 * p.grad,
             m,
             v,
-            step=step,
+            count,
             lr=0.01,
             betas=(0.9, 0.999),
             eps=1e-8,
@@ -107,6 +108,7 @@ def test_adamw_is_torchs() -> None:
             grad_factor=0.5,
         )
     torch.testing.assert_close(q, p.detach(), rtol=1e-12, atol=1e-12)
+    assert count == 5
 
 
 def test_ema_norms_and_clipping() -> None:
@@ -114,10 +116,12 @@ def test_ema_norms_and_clipping() -> None:
     expected = 0.9 * t + 0.1 * s
     reference.ema_update_([t], [s], 0.9)
     torch.testing.assert_close(t, expected)
-    norms = reference.grad_norms(
-        [torch.tensor([3.0, 4.0]), None, torch.tensor([float("nan")])], grad_scale=2.0
-    )
-    assert norms[0] == 2.5 and norms[1] == 0 and norms[2].isnan()
+    cpu = torch.device("cpu")
+    norms = [reference.norm(x, cpu) for x in (torch.tensor([3.0, 4.0]), None, torch.tensor([float("nan")]))]
+    assert norms[0] == 5 and norms[1] == 0 and norms[2].isnan()
+    assert all(norm.dtype == torch.float64 for norm in norms)
+    coefficients = [reference.clip_coefficient(norm, 2.0) for norm in norms]
+    assert coefficients[0] == 2.0 / (5.0 + 1e-6) and coefficients[1] == coefficients[2] == 1
     assert reference.clip_coefficient(2.0, 1.0) == 1.0 / (2.0 + 1e-6)
     assert reference.clip_coefficient(0.5, 1.0) == 1.0
     assert reference.clip_coefficient(5.0, 0.0) == 1.0

@@ -253,6 +253,10 @@ for name in ("plain", "extreme", "far", "dead"):
             results[name, kind, "local"] = sinkhorn_knopp(x, temp=0.0625, group="local")
             results[name, kind, "alone"] = sinkhorn_knopp(x, temp=0.0625, group=alone)
             results[name, kind, "batch"] = softmax_over_batch(x, temp=0.0625, group=dist.group.WORLD)
+            if name == "plain":
+                some = torch.load(f"{folder}/plain.pt") if rank == 0 else x[:0]
+                results[kind, "empty"] = sinkhorn_knopp(some, temp=0.0625)
+                results[kind, "empty", "center"] = sinkhorn_center(some, temp=0.0625)
     if name == "plain":
         step = lambda x: sinkhorn_knopp(x, temp=0.0625)
         results["compiled"] = torch.compile(step, fullgraph=True, backend="aot_eager")(x)
@@ -306,5 +310,12 @@ def test_two_processes_are_one_with_all_rows(library: None, tmp_path: Path) -> N
                     assert error(mine[name, kind, scope], oracle) <= 2 * error(eager, oracle) + floor(
                         name, kind, x
                     )
+    for kind in kinds:  # all samples with the first process
+        oracle = reference.sinkhorn_knopp(plain.double(), temp=0.0625)
+        eager = reference.sinkhorn_knopp(plain, temp=0.0625)
+        bound = 2 * error(eager, oracle) + floor("plain", kind, plain)
+        assert error(first[kind, "empty"], oracle) <= bound
+        assert second[kind, "empty"].shape == (0, 77)
+        assert torch.equal(first[kind, "empty", "center"], second[kind, "empty", "center"])
     together = torch.cat([first["compiled"], second["compiled"]])
     assert torch.equal(together, torch.cat([first["plain", "cpu", 3], second["plain", "cpu", 3]]))
