@@ -31,7 +31,7 @@ def version() -> str:
     text = (ROOT / "fastdino" / "__init__.py").read_text("utf-8")
     found = re.search(r'^__version__ = "([^"]+)"', text, re.M)
     if found is None:
-        raise RuntimeError("fastdino/__init__.py: expected a line __version__ = \"...\"")
+        raise RuntimeError('fastdino/__init__.py: expected a line __version__ = "..."')
     return found.group(1)
 
 

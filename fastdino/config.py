@@ -220,6 +220,7 @@ ARCHITECTURES: dict[str, tuple[int, int, int]] = {
 
 # -- flags, dictionaries, YAML ----------------------------------------------------------------------------
 
+
 def preset(name: str) -> dict[str, Any]:
     """Flags of the preset ``name`` (hyphens and underscores are alike); ConfigError suggests the nearest."""
     key = name.replace("_", "-")

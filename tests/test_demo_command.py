@@ -36,7 +36,7 @@ def test_figures_are_those_of_the_log(figures):
     for scores in [*figures["knn"].values(), *figures["jaccard"].values()]:
         assert all(0.0 <= value <= 100.0 for value in scores.values())
     wide = figures["jaccard"][0.8]
-    assert wide["trained"] != wide["untrained"]# two networks
+    assert wide["trained"] != wide["untrained"]  # two networks
 
 
 def test_the_table_shows_every_figure(figures, capsys):

@@ -37,7 +37,7 @@ def contact_sheet(
         raise ValueError(f"--preview_crops: expected at least 1 image, got {n}")
     n = min(n, len(manifest))
     loader = MultiCropLoader(
-        manifest, crops, seed=seed, global_batch=n, micro_batch=n, cache_decoded="off", prefetch=1
+        manifest, crops, seed=seed, global_batch=n, micro_batch=n, cache_decoded=False, prefetch=1
     )
     with loader:
         batch = next(loader)

@@ -6,8 +6,6 @@ tensor's coefficients; one pass that writes. Only gradients are read twice: 4 by
 device.
 """
 
-# mypy: allow-untyped-defs
-
 from __future__ import annotations
 
 import math

@@ -75,14 +75,14 @@ def _(
     return torch.empty_like(student, memory_format=torch.contiguous_format)
 
 
-def _setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
+def _setup_context(ctx, inputs, output):
     *tensors, ctx.n_global = inputs
     ctx.save_for_backward(*tensors, output[3])
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
 
 
-def _autograd(ctx, grad_loss, *_):  # type: ignore[no-untyped-def]
+def _autograd(ctx, grad_loss, *_):
     if grad_loss is None:
         return (None,) * 6
     return _backward(grad_loss.float(), *ctx.saved_tensors, ctx.n_global), None, None, None, None, None

@@ -5,8 +5,6 @@ by chunks (4 bytes per fp32 element), then one program per tensor that adds them
 Clipping adds a pass over the gradients that need it.
 """
 
-# mypy: allow-untyped-defs
-
 from __future__ import annotations
 
 from collections.abc import Sequence

@@ -7,8 +7,6 @@ Similarities and weights never leave the registers. Chunked: GEMMs of blocks of 
 with its key.
 """
 
-# mypy: allow-untyped-defs
-
 from __future__ import annotations
 
 import functools

@@ -2,8 +2,6 @@
 trust ratios; parameters. 4 + 24 + 16 bytes per parameter, with a teacher 4 + 24 + 24.
 """
 
-# mypy: allow-untyped-defs
-
 from __future__ import annotations
 
 from collections.abc import Sequence

@@ -3,8 +3,6 @@ coefficients, trust ratio and clipping included; one pass that writes. 8 + 20 by
 a teacher.
 """
 
-# mypy: allow-untyped-defs
-
 from __future__ import annotations
 
 from collections.abc import Sequence

@@ -8,8 +8,6 @@ order: neither the size of a chunk nor a second run changes a bit. There is no t
 every GPU.
 """
 
-# mypy: allow-untyped-defs
-
 from __future__ import annotations
 
 from typing import Any

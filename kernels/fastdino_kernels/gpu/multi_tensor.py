@@ -7,8 +7,6 @@ goes up in one copy from pinned memory, which nobody waits for. Below the tables
 the kernels over them share.
 """
 
-# mypy: allow-untyped-defs
-
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence

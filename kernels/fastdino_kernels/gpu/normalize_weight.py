@@ -120,11 +120,11 @@ def _(grad: Tensor, weight_v: Tensor, weight_g: Tensor, needs_g: bool) -> tuple[
     ) if needs_g else weight_g.new_empty(0)
 
 
-def _setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
+def _setup_context(ctx, inputs, output):
     ctx.save_for_backward(*inputs[:2])
 
 
-def _autograd(ctx, grad):  # type: ignore[no-untyped-def]
+def _autograd(ctx, grad):
     needs_v, needs_g = ctx.needs_input_grad[:2]
     dv, dg = _backward(grad, *ctx.saved_tensors, needs_g)
     return dv if needs_v else None, dg if needs_g else None, None

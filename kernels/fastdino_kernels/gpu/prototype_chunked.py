@@ -178,14 +178,14 @@ def _(
     return dz, dw
 
 
-def _setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
+def _setup_context(ctx, inputs, output):
     *tensors, ctx.n_global, ctx.dtype, _ = inputs
     ctx.save_for_backward(*tensors, *output[3:])
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
 
 
-def _autograd(ctx, grad_loss, *_):  # type: ignore[no-untyped-def]
+def _autograd(ctx, grad_loss, *_):
     needs_z, needs_weight = ctx.needs_input_grad[:2]
     if grad_loss is None:
         return (None,) * 10

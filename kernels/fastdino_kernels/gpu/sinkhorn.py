@@ -9,8 +9,6 @@ No half-iteration after the first needs a maximum over the samples, since their 
 Maxima are kept element by element, so the loops exchange nothing between threads.
 """
 
-# mypy: allow-untyped-defs
-
 from __future__ import annotations
 
 import torch
