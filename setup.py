@@ -168,6 +168,7 @@ setup(
         "dev": [
             "pytest>=8.0",
             "pytest-xdist>=3.5",
+            "hypothesis>=6.100",
             "ruff==0.17.5",
             "mypy==2.4.1",
             "scipy>=1.12",
