@@ -156,9 +156,10 @@ def test_soft_cross_entropy(kind: str, rows: int, k: int, dtype, temp: float, se
     check("soft_cross_entropy", kind, [logits], [target], temp=temp)
 
 
-@examples(20)
+@examples(10)
 @given(rows=st.integers(1, 9), k=st.integers(1, 900), n=st.integers(1, 4), seed=SEEDS)
 def test_sinkhorn_knopp(kind: str, rows: int, k: int, n: int, seed: int) -> None:
+    k = k if kind == "cpu" else 1 + k % 120  # its interpreted kernels take a second per thousand prototypes
     logits = torch.randn(rows, k, generator=seeded(seed))
     check("sinkhorn_knopp", kind, [logits], [], temp=0.25, n_iters=n)
 

@@ -236,16 +236,11 @@ def test_chunks_cover_the_columns_within_the_budget() -> None:
 def test_the_table_of_forms(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(entry, "FORM", "auto")
     half, full = torch.float16, torch.float32
-    assert entry.choose_form(90, 768, 65536, 256, half) == "flash"
-    assert entry.choose_form(80, 768, 65536, 64, torch.bfloat16) == "flash"
-    for capability, d, dtype in (
-        (70, 256, half),
-        (90, 256, full),
-        (90, 384, half),
-        (90, 1024, half),
-        (90, 32, half),
-    ):
-        assert entry.choose_form(capability, 768, 65536, d, dtype) == "chunked"
+    assert entry.choose_form(90, 256, half) == "flash"
+    assert entry.choose_form(80, 64, torch.bfloat16) == "flash"
+    assert entry.choose_form(90, 384, half) == "flash"
+    for capability, d, dtype in ((70, 256, half), (90, 256, full), (90, 1024, half)):
+        assert entry.choose_form(capability, d, dtype) == "chunked"
 
 
 def test_operators_are_well_formed(triton_device: torch.device, logits: str) -> None:

@@ -8,19 +8,19 @@ import torch
 from torch import Tensor
 
 from .prototype_chunked import prototype_loss_chunked
+from .prototype_flash import prototype_loss_flash, supports
 
 FORM = "auto"  # tests and benchmarks set it: "auto", "flash" or "chunked"
 
 
-def choose_form(capability: int, rows: int, k: int, d: int, dtype: torch.dtype) -> str:
-    """``flash`` or ``chunked`` for ``rows`` student rows, [k, d] prototypes and GEMMs in ``dtype``.
+def choose_form(capability: int, d: int, dtype: torch.dtype) -> str:
+    """``flash`` or ``chunked`` for GEMMs in ``dtype`` over prototypes of width ``d``.
 
-    Not a measured table yet: flash wherever its kernels can run.
+    Not a measured table yet: flash wherever its kernels are meant to run.
     """
     if FORM != "auto":
         return FORM
-    fits = 64 <= d <= 512 and d & (d - 1) == 0
-    return "flash" if capability >= 80 and dtype != torch.float32 and fits else "chunked"
+    return "flash" if supports(d, dtype, capability) else "chunked"
 
 
 def _capability(device: torch.device) -> int:
@@ -55,11 +55,9 @@ def prototype_loss(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """-> loss, batch center, teacher entropy, of checked arguments."""
     tensors = (student_z, student_weight, teacher_z, teacher_weight)
-    capability, (k, d) = _capability(student_z.device), student_weight.shape
+    capability = _capability(student_z.device)
     dtype = _gemm_dtype(capability, *tensors)
-    if choose_form(capability, student_z.shape[0], k, d, dtype) == "chunked":
+    if choose_form(capability, student_weight.shape[1], dtype) == "chunked":
         return prototype_loss_chunked(*tensors, center, student_temp, teacher_temp, n_global, dtype)
-    from .prototype_flash import prototype_loss_flash
-
     z, w, y, v = (x.to(dtype) for x in tensors)
     return prototype_loss_flash(z, w, y, v, center, student_temp, teacher_temp, n_global)
