@@ -29,9 +29,8 @@ Array = npt.NDArray[Any]
 
 FORMAT = 1  # raised when the images change, so that folders written by an older version are not reused
 _OBJECTS = 4  # objects in one image
-_BATCH = (
-    6  # images rendered together: small enough for the L2 cache, large enough for NumPy to run in threads
-)
+# Images rendered together: small enough for the L2 cache, large enough for NumPy to run in threads.
+_BATCH = 6
 
 
 class _Draw:
