@@ -40,7 +40,6 @@ def demo() -> dict[str, Any]:
         "lr": 0.016,
         "min_lr": 1e-5,
         "weight_decay": 0.1,
-        "weight_decay_end": 0.4,
         "eval_every": 8,
         "log_every": 25,
     }

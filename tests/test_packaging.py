@@ -67,7 +67,8 @@ def test_wheel_serves_every_python_of_the_platform(tree: Path, tmp_path: Path) -
         metadata = archive.read(next(name for name in names if name.endswith("METADATA"))).decode()
     assert "fastdino_kernels/libfastdino_cpu.so" in names
     sources = {str(p.relative_to(tree)) for p in (tree / "fastdino").rglob("*") if p.is_file()}
-    sources |= {str(p.relative_to(tree / "kernels")) for p in (tree / "kernels").rglob("*") if p.is_file()}
+    package = tree / "kernels" / "fastdino_kernels"
+    sources |= {str(p.relative_to(tree / "kernels")) for p in package.rglob("*") if p.is_file()}
     assert sources <= names
     assert not [name for name in names if name.startswith(("tests/", "bench/", "kernels/"))]
     assert "License-Expression: Apache-2.0" in metadata

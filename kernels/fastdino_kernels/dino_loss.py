@@ -23,7 +23,7 @@ from torch import Tensor
 from . import reference
 from .backend import resolve
 from .native import call, int64, on_huge_pages, pointer
-from .operators import operator
+from .operators import operator, register_gradient
 from .reference import DinoLoss
 from .validate import check_no_grad, check_temperature, check_tensor, check_views
 
@@ -154,20 +154,7 @@ def _(
     return torch.empty_like(student, memory_format=torch.contiguous_format)
 
 
-def _setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
-    *tensors, ctx.n_global = inputs
-    ctx.save_for_backward(*tensors, output[3])
-    ctx.mark_non_differentiable(*output[1:])
-    ctx.set_materialize_grads(False)
-
-
-def _autograd(ctx, grad_loss, *_):  # type: ignore[no-untyped-def]
-    if grad_loss is None:
-        return (None,) * 6
-    return _backward(grad_loss.float(), *ctx.saved_tensors, ctx.n_global), None, None, None, None, None
-
-
-torch.library.register_autograd(_forward, _autograd, setup_context=_setup_context)
+register_gradient(_forward, _backward, leaves=1, kept=3, passed=1)
 
 
 def _shape(student: Tensor, teacher: Tensor, n_global: int) -> tuple[int, int, int]:

@@ -30,7 +30,7 @@ from . import reference
 from .backend import resolve
 from .dino_loss import temperature
 from .native import call, int64, on_huge_pages, pointer
-from .operators import operator
+from .operators import operator, register_gradient
 from .reference import MatchedLoss
 from .validate import check_no_grad, check_temperature, check_tensor
 
@@ -184,7 +184,7 @@ def _backward(
     return dz.to(student_z.dtype), dw
 
 
-def register_gradient(forward: Any, backward: Any) -> None:
+def complete(forward: Any, backward: Any) -> None:
     """Fake results and autograd of a pair of operators with the signatures above."""
 
     def fake_forward(*arguments: Any) -> tuple[Tensor, ...]:
@@ -197,25 +197,12 @@ def register_gradient(forward: Any, backward: Any) -> None:
         dz = torch.empty_like(z) if needs_z else z.new_empty(0)
         return dz, torch.empty_like(weight) if needs_weight else weight.new_empty(0)
 
-    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        *tensors, ctx.dtype = inputs
-        ctx.save_for_backward(*tensors, *output[4:])
-        ctx.mark_non_differentiable(*output[1:])
-        ctx.set_materialize_grads(False)
-
-    def autograd(ctx: Any, grad_loss: Any, *_: Any) -> tuple[Any, ...]:
-        needs_z, needs_weight = ctx.needs_input_grad[:2]
-        if grad_loss is None:
-            return (None,) * 10
-        dz, dw = backward(grad_loss.float(), *ctx.saved_tensors, ctx.dtype, needs_z, needs_weight)
-        return (dz if needs_z else None, dw if needs_weight else None, *(None,) * 8)
-
     torch.library.register_fake(forward, fake_forward)
     torch.library.register_fake(backward, fake_backward)
-    torch.library.register_autograd(forward, autograd, setup_context=setup_context)
+    register_gradient(forward, backward, leaves=2, kept=4, passed=1)
 
 
-register_gradient(_forward, _backward)
+complete(_forward, _backward)
 
 
 def _gemm_dtype(z: Tensor, weight: Tensor) -> torch.dtype:

@@ -25,7 +25,7 @@ from . import reference
 from .backend import resolve
 from .dino_loss import add_statistics, new_state, result, state_size, temperature, write_gradient
 from .native import on_huge_pages
-from .operators import operator
+from .operators import operator, register_gradient
 from .reference import PrototypeLoss
 from .validate import check_no_grad, check_temperature, check_tensor, check_views
 
@@ -185,22 +185,7 @@ def _(
     return dz, torch.empty_like(student_weight) if needs_weight else student_weight.new_empty(0)
 
 
-def _setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
-    *tensors, ctx.n_global, ctx.dtype, _ = inputs
-    ctx.save_for_backward(*tensors, *output[3:])
-    ctx.mark_non_differentiable(*output[1:])
-    ctx.set_materialize_grads(False)
-
-
-def _autograd(ctx, grad_loss, *_):  # type: ignore[no-untyped-def]
-    needs_z, needs_weight = ctx.needs_input_grad[:2]
-    if grad_loss is None:
-        return (None,) * 10
-    dz, dw = _backward(grad_loss.float(), *ctx.saved_tensors, ctx.n_global, ctx.dtype, needs_z, needs_weight)
-    return (dz if needs_z else None, dw if needs_weight else None, *(None,) * 8)
-
-
-torch.library.register_autograd(_forward, _autograd, setup_context=_setup_context)
+register_gradient(_forward, _backward, leaves=2, kept=3, passed=2)
 
 
 def _views(buffer: Tensor, rows: int, teacher_rows: int, columns: slice) -> tuple[Tensor, Tensor]:

@@ -22,7 +22,7 @@ from . import reference
 from .backend import resolve
 from .dino_loss import KERNEL_DTYPES, temperature
 from .native import call, int64, on_huge_pages, pointer
-from .operators import operator
+from .operators import operator, register_gradient
 from .validate import check_no_grad, check_temperature, check_tensor
 
 
@@ -63,19 +63,7 @@ def _problem(logits: Tensor, target: Tensor, temp: Tensor) -> tuple[object, ...]
     return (*int64(*logits.shape), ctypes.c_int(bf16), ctypes.c_double(temp.item()))
 
 
-def _setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
-    ctx.save_for_backward(*inputs, output[1])
-    ctx.mark_non_differentiable(output[1])
-    ctx.set_materialize_grads(False)
-
-
-def _autograd(ctx, grad, _):  # type: ignore[no-untyped-def]
-    if grad is None:
-        return None, None, None
-    return _backward(grad.float().contiguous(), *ctx.saved_tensors), None, None
-
-
-torch.library.register_autograd(_forward, _autograd, setup_context=_setup_context)
+register_gradient(_forward, _backward, leaves=1, kept=1, passed=0)
 
 
 def soft_cross_entropy(logits: Tensor, target: Tensor, *, temp: float | Tensor) -> Tensor:

@@ -117,7 +117,7 @@ def test_prototype_loss(
     z, w, y, other = (unit(n, d, r, dtype) for n in (v * b, k, g * b, k))
     center = 0.3 * torch.randn(k, generator=r)
     check(
-        "prototype_loss", kind, [z, w], [y, other, center], student_temp=s, teacher_temp=u, n_global=g
+        "prototype_loss", kind, [z, w], [y, other, center], 2 / s, student_temp=s, teacher_temp=u, n_global=g
     )  # fmt: skip
 
 
@@ -144,7 +144,7 @@ def test_matched_loss(kind, rows, teachers, g, k, d, weighted, s, u, seed) -> No
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(importlib.import_module("fastdino_kernels.matched_loss"), "matched_loss", called(ours))
         patch.setattr(reference, "matched_loss", called(oracle))
-        check("matched_loss", kind, [z, w], [*rest, weight], student_temp=s, teacher_temp=u)
+        check("matched_loss", kind, [z, w], [*rest, weight], 2 / s, student_temp=s, teacher_temp=u)
 
 
 @examples(20)
@@ -176,8 +176,8 @@ def test_info_nce(kind: str, rows: int, d: int, q: int, temp: float, seed: int) 
 @given(k=st.integers(1, 200), d=st.integers(1, 300), seed=SEEDS)
 def test_normalize_weight(kind: str, k: int, d: int, seed: int) -> None:
     r = seeded(seed)
-    gains = torch.rand(k, 1, generator=r) + 0.5
-    check("normalize_weight", kind, [torch.randn(k, d, generator=r) + 0.1, gains], [], scale=5.0)
+    gains, lengths = torch.rand(2, k, 1, generator=r) + 0.5
+    check("normalize_weight", kind, [lengths * unit(k, d, r, torch.float32), gains], [], scale=5.0)
 
 
 SHAPES = st.lists(st.lists(st.integers(0, 40), max_size=3), min_size=1, max_size=5)

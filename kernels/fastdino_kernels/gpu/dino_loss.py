@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..operators import operator
+from ..operators import operator, register_gradient
 from .dino_kernels import add_statistics, column_mean, new_records, result, rows_of, shape_of, write_gradient
 from .launch import scalar
 
@@ -75,20 +75,7 @@ def _(
     return torch.empty_like(student, memory_format=torch.contiguous_format)
 
 
-def _setup_context(ctx, inputs, output):
-    *tensors, ctx.n_global = inputs
-    ctx.save_for_backward(*tensors, output[3])
-    ctx.mark_non_differentiable(*output[1:])
-    ctx.set_materialize_grads(False)
-
-
-def _autograd(ctx, grad_loss, *_):
-    if grad_loss is None:
-        return (None,) * 6
-    return _backward(grad_loss.float(), *ctx.saved_tensors, ctx.n_global), None, None, None, None, None
-
-
-torch.library.register_autograd(_forward, _autograd, setup_context=_setup_context)
+register_gradient(_forward, _backward, leaves=1, kept=3, passed=1)
 
 
 def dino_loss(

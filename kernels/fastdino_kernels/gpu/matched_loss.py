@@ -11,7 +11,7 @@ import torch
 import triton
 from torch import Tensor
 
-from ..matched_loss import Chunks, register_gradient
+from ..matched_loss import Chunks, complete
 from ..operators import operator
 from . import matched_kernels as kernels
 from .launch import needs_int64, on_device_of, scalar
@@ -137,7 +137,7 @@ def _backward(
     return (dz * rest if needs_z else dz).to(student_z.dtype), dw
 
 
-register_gradient(_forward, _backward)
+complete(_forward, _backward)
 
 
 def _product(a: Tensor, b: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from ..operators import operator
+from ..operators import operator, register_gradient
 from .dino_kernels import BLOCK, add_statistics, column_mean, new_records, result, shape_of, write_gradient
 from .launch import scalar
 
@@ -178,22 +178,7 @@ def _(
     return dz, dw
 
 
-def _setup_context(ctx, inputs, output):
-    *tensors, ctx.n_global, ctx.dtype, _ = inputs
-    ctx.save_for_backward(*tensors, *output[3:])
-    ctx.mark_non_differentiable(*output[1:])
-    ctx.set_materialize_grads(False)
-
-
-def _autograd(ctx, grad_loss, *_):
-    needs_z, needs_weight = ctx.needs_input_grad[:2]
-    if grad_loss is None:
-        return (None,) * 10
-    dz, dw = _backward(grad_loss.float(), *ctx.saved_tensors, ctx.n_global, ctx.dtype, needs_z, needs_weight)
-    return (dz if needs_z else None, dw if needs_weight else None, *(None,) * 8)
-
-
-torch.library.register_autograd(_forward, _autograd, setup_context=_setup_context)
+register_gradient(_forward, _backward, leaves=2, kept=3, passed=2)
 
 
 def _views(logits: Tensor, rows: int, columns: slice) -> tuple[Tensor, Tensor]:

@@ -33,7 +33,7 @@ import triton
 from torch import Tensor
 
 from ..backend import interpreted
-from ..operators import operator
+from ..operators import operator, register_gradient
 from .launch import LOG2E, Launch, needs_int64, on_device_of, scalar
 from .prototype_flash_kernels import (
     attend_kernel,
@@ -358,22 +358,7 @@ def _(
     return grad_z, torch.empty_like(student_weight) if needs_weight else student_weight.new_empty(0)
 
 
-def _setup_context(ctx, inputs, output):
-    *tensors, ctx.n_global, _ = inputs
-    ctx.save_for_backward(*tensors, *output[3:])
-    ctx.mark_non_differentiable(*output[1:])
-    ctx.set_materialize_grads(False)
-
-
-def _autograd(ctx, grad_loss, *_):
-    needs_z, needs_weight = ctx.needs_input_grad[:2]
-    if grad_loss is None:
-        return (None,) * 9
-    dz, dw = _backward(grad_loss.float(), *ctx.saved_tensors, ctx.n_global, needs_z, needs_weight)
-    return (dz if needs_z else None, dw if needs_weight else None, *(None,) * 7)
-
-
-torch.library.register_autograd(_forward, _autograd, setup_context=_setup_context)
+register_gradient(_forward, _backward, leaves=2, kept=3, passed=1)
 
 
 def prototype_loss_flash(

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..operators import operator
+from ..operators import operator, register_gradient
 from .launch import LOG2E, Launch, needs_int64, on_device_of, scalar
 
 FORWARD_BLOCK, FORWARD_WARPS = 2048, 4
@@ -189,19 +189,7 @@ def _(grad: Tensor, x: Tensor, t: Tensor, temp: Tensor, stats: Tensor) -> Tensor
     return torch.empty_like(x)
 
 
-def _setup_context(ctx, inputs, output):
-    ctx.save_for_backward(*inputs, output[1])
-    ctx.mark_non_differentiable(output[1])
-    ctx.set_materialize_grads(False)
-
-
-def _autograd(ctx, grad, _):
-    if grad is None:
-        return None, None, None
-    return _backward(grad.float().contiguous(), *ctx.saved_tensors), None, None
-
-
-torch.library.register_autograd(_forward, _autograd, setup_context=_setup_context)
+register_gradient(_forward, _backward, leaves=1, kept=1, passed=0)
 
 
 def soft_cross_entropy(logits: Tensor, target: Tensor, temp: float | Tensor) -> Tensor:
