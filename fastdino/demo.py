@@ -34,9 +34,12 @@ def run(out: Path, *, n_train: int = 4000, n_val: int = 1000, **flags: Any) -> d
     percentages on the held-out images: ``knn`` maps raw pixels, untrained and trained to top-1 by number of
     neighbours, ``jaccard`` untrained and trained to the overlap of the best head's attention mask with the
     object."""
+    import torch
+
     from fastdino.data.demo import write_demo
 
     started = time.monotonic()
+    torch.set_num_threads(1)  # steps this small lose more to waiting for each other than threads gain
     images = write_demo(out / "images", n_train=n_train, n_val=n_val)
     config = config_from_flags(
         preset="demo",
