@@ -64,6 +64,14 @@ def resolve(*tensors: Tensor) -> str:
     return "triton" if device.type == "cuda" and _triton_answers() else "reference"
 
 
+def gemm_dtype(*tensors: Tensor) -> torch.dtype:
+    """The type of their products: autocast's where it is on for their device, else what all promote to."""
+    device = tensors[0].device.type
+    if torch.is_autocast_enabled(device):
+        return torch.get_autocast_dtype(device)
+    return functools.reduce(torch.promote_types, (x.dtype for x in tensors))
+
+
 def interpreted() -> bool:
     """Whether Triton kernels run in its interpreter, on the host."""
     return os.environ.get("TRITON_INTERPRET") == "1"

@@ -33,7 +33,5 @@ def centered_softmax(logits: Tensor, center: Tensor, *, temp: float | Tensor) ->
     check_tensor("center", center, (logits.shape[1],), like=logits)
     check_temperature("temp", temp)
     dtype = torch.promote_types(logits.dtype, torch.float32)
-    if len(logits) == 0:
-        return logits.to(dtype)
-    form, logits, temp = sinkhorn._prepare(logits, temp)
+    form, logits, temp = sinkhorn.prepare(logits, temp)
     return form.targets(logits, temp, center.double() / temp.double(), dtype)

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from . import reference
-from .backend import resolve
+from .backend import gemm_dtype, resolve
 from .dino_loss import KERNEL_DTYPES, temperature
 from .native import call, int64, pointer
 from .operators import operator
@@ -122,9 +122,8 @@ torch.library.register_autograd(_forward, autograd, setup_context=setup_context)
 
 
 def _gemm_dtype(query: Tensor) -> torch.dtype:
-    device = query.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else query.dtype
-    return torch.float32 if device == "cpu" and dtype not in KERNEL_DTYPES else dtype
+    dtype = gemm_dtype(query)
+    return torch.float32 if query.device.type == "cpu" and dtype not in KERNEL_DTYPES else dtype
 
 
 def info_nce(query: Tensor, key: Tensor, queue: Tensor, *, temp: float | Tensor) -> InfoNCE:

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from . import reference
-from .backend import resolve
+from .backend import gemm_dtype, resolve
 from .dino_loss import temperature
 from .native import call, int64, on_huge_pages, pointer
 from .operators import operator, register_gradient
@@ -205,13 +205,6 @@ def complete(forward: Any, backward: Any) -> None:
 complete(_forward, _backward)
 
 
-def _gemm_dtype(z: Tensor, weight: Tensor) -> torch.dtype:
-    """Autocast's dtype, else the wider of both."""
-    if torch.is_autocast_enabled(z.device.type):
-        return torch.get_autocast_dtype(z.device.type)
-    return torch.promote_types(z.dtype, weight.dtype)
-
-
 def matched_loss(
     student_z: Tensor,
     student_weight: Tensor,
@@ -280,7 +273,7 @@ def matched_loss(
         match.contiguous(),
         row_weight.float().contiguous(),
     )
-    dtype = _gemm_dtype(student_z, student_weight)
+    dtype = gemm_dtype(student_z, student_weight)
     if kind == "triton":
         from .gpu import matched_loss as gpu
 

@@ -109,7 +109,7 @@ def _no_targets(logits: Tensor, temp: Tensor, c: Tensor, dtype: torch.dtype) -> 
 NO_SAMPLES = Form(_nothing, _nothing, _no_targets)
 
 
-def _prepare(logits: Tensor, temp: float | Tensor) -> tuple[Form, Tensor, Tensor]:
+def prepare(logits: Tensor, temp: float | Tensor) -> tuple[Form, Tensor, Tensor]:
     """The form that answers, with logits and temperature as it takes them."""
     logits = logits.detach()
     kind = resolve(logits)
@@ -200,7 +200,7 @@ def sinkhorn_knopp(
         dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
     if dtype not in FLOATS:
         raise TypeError(f"dtype: expected a floating-point type, got {dtype}")
-    form, logits, temp = _prepare(logits, temp)
+    form, logits, temp = prepare(logits, temp)
     return form.targets(logits, temp, _iterate(form, logits, temp, n_iters, group), dtype)
 
 
@@ -213,7 +213,7 @@ def sinkhorn_center(logits: Tensor, *, temp: float | Tensor, n_iters: int = 3, g
     Arguments and errors as there; returns fp32, or float64 for float64 logits.
     """
     _check(logits, temp, n_iters, group)
-    form, logits, temp = _prepare(logits, temp)
+    form, logits, temp = prepare(logits, temp)
     c = _iterate(form, logits, temp, n_iters, group)
     center = temp.to(c.dtype) * c.masked_fill(c == -torch.inf, 0)
     return center if logits.dtype == torch.float64 else center.float()

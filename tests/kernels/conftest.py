@@ -34,6 +34,16 @@ def triton_device() -> Iterator[torch.device]:
         yield torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
+@pytest.fixture(params=["cpu", "reference", "triton"])
+def device(request: pytest.FixtureRequest, library: object) -> Iterator[torch.device]:
+    """Chooses a backend; the device its tensors belong on."""
+    if request.param == "triton":
+        yield request.getfixturevalue("triton_device")
+        return
+    with backend(request.param):
+        yield torch.device("cpu")
+
+
 @pytest.fixture
 def poisoned() -> Iterator[None]:
     """Uninitialised tensors hold NaN, so that an element nobody writes is seen."""

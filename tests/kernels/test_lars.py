@@ -3,25 +3,14 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
 
 import pytest
 import torch
-from fastdino_kernels import LARS, backend
+from fastdino_kernels import LARS
 from torch import Tensor
 
 SHAPES = [(4, 3), (2, 2), (150, 70), (), (4,), (2,), (0, 5)]  # the second is zero, the sixth has no gradient
 CPU = torch.device("cpu")
-
-
-@pytest.fixture(params=["cpu", "reference", "triton"])
-def device(request: pytest.FixtureRequest, library: object) -> Iterator[torch.device]:
-    """Chooses a backend; the device its tensors belong on."""
-    if request.param == "triton":
-        yield request.getfixturevalue("triton_device")
-        return
-    with backend(request.param):
-        yield CPU
 
 
 def parameters(device: torch.device, seed: int = 0) -> list[torch.nn.Parameter]:

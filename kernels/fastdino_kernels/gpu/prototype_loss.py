@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import functools
-
 import torch
 from torch import Tensor
 
+from ..backend import gemm_dtype
 from .prototype_chunked import prototype_loss_chunked
 from .prototype_flash import prototype_loss_flash, supports
 
@@ -32,17 +31,6 @@ def _capability(device: torch.device) -> int:
 _capability._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
-def _gemm_dtype(capability: int, *tensors: Tensor) -> torch.dtype:
-    """Autocast's dtype where it is on, else the one that all tensors promote to."""
-    device = tensors[0].device.type
-    if torch.is_autocast_enabled(device):
-        dtype = torch.get_autocast_dtype(device)
-    else:
-        dtype = functools.reduce(torch.promote_types, (x.dtype for x in tensors))
-    lacks_bf16 = 0 < capability < 80
-    return torch.float32 if lacks_bf16 and dtype == torch.bfloat16 else dtype
-
-
 def prototype_loss(
     student_z: Tensor,
     student_weight: Tensor,
@@ -56,7 +44,9 @@ def prototype_loss(
     """-> loss, batch center, teacher entropy, of checked arguments."""
     tensors = (student_z, student_weight, teacher_z, teacher_weight)
     capability = _capability(student_z.device)
-    dtype = _gemm_dtype(capability, *tensors)
+    dtype = gemm_dtype(*tensors)
+    if dtype == torch.bfloat16 and 0 < capability < 80:  # which has no such products
+        dtype = torch.float32
     if choose_form(capability, student_weight.shape[1], dtype) == "chunked":
         return prototype_loss_chunked(*tensors, center, student_temp, teacher_temp, n_global, dtype)
     z, w, y, v = (x.to(dtype) for x in tensors)
