@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -12,18 +11,7 @@ from torch import Tensor
 
 # Two groups as in training: decayed matrices (one of two chunks), undecayed vectors, a scalar.
 SHAPES = [[(33, 65), (130, 65), (3, 3, 2, 5)], [(65,), (1,), ()]]
-BACKENDS = ["cpu", "reference", "triton"]
 CPU = torch.device("cpu")
-
-
-@pytest.fixture(params=BACKENDS)
-def device(request: pytest.FixtureRequest, library: object) -> Iterator[torch.device]:
-    """Chooses a backend; the device its tensors belong on."""
-    if request.param == "triton":
-        yield request.getfixturevalue("triton_device")
-        return
-    with backend(request.param):
-        yield CPU
 
 
 def parameters(device: torch.device, seed: int = 0) -> list[list[torch.nn.Parameter]]:

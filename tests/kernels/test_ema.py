@@ -2,26 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
-from fastdino_kernels import backend, clip_grad_per_tensor_, ema_update_
+from fastdino_kernels import clip_grad_per_tensor_, ema_update_
 from fastdino_kernels.ema import grad_norms
 from torch import Tensor
 
 SIZES = [(3,), (257, 129), (), (1, 1, 5), (0, 4), (20000,)]
 CPU = torch.device("cpu")
-
-
-@pytest.fixture(params=["cpu", "reference", "triton"])
-def device(request: pytest.FixtureRequest, library: object) -> Iterator[torch.device]:
-    """Chooses a backend; the device its tensors belong on."""
-    if request.param == "triton":
-        yield request.getfixturevalue("triton_device")
-        return
-    with backend(request.param):
-        yield CPU
 
 
 def tensors(seed: int, dtype: torch.dtype = torch.float32, device: torch.device = CPU) -> list[Tensor]:
