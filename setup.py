@@ -164,6 +164,13 @@ setup(
         "dali-cu12": ["nvidia-dali-cuda120>=1.50; platform_system == 'Linux'"],
         "dali-cu13": ["nvidia-dali-cuda130>=1.52; platform_system == 'Linux'"],
         "xformers": ["xformers>=0.0.35"],
+        # Whole stacks: the only extras that choose a torch. CUDA builds of torch bring their own triton.
+        "v100": [
+            "torch==2.10.0",
+            "xformers==0.0.35; platform_system == 'Linux'",
+            "nvidia-dali-cuda120>=1.50; platform_system == 'Linux'",
+        ],
+        "cuda13": ["torch==2.13.0", "nvidia-dali-cuda130>=1.52; platform_system == 'Linux'"],
         "wandb": ["wandb>=0.18"],
         "dev": [
             "pytest>=8.0",

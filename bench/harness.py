@@ -6,6 +6,8 @@ from __future__ import annotations
 
 import datetime
 import json
+import math
+import os
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -19,19 +21,33 @@ from fastdino.engine.logs import environment
 RESULTS = Path(__file__).parent / "results"
 
 
+def synchronize() -> None:
+    """Wait for the GPU, if there is one."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
 def interleave(
-    providers: Mapping[str, Callable[[], object]], *, rounds: int, warmup: int = 1
+    providers: Mapping[str, Callable[[], object]], *, rounds: int, warmup: int = 1, seconds: float = math.inf
 ) -> dict[str, list[float]]:
     """Seconds per call of each provider; the providers take turns, so that a slow moment of the machine hits
-    all of them.
+    all of them, and each round begins with another one, so that none always follows the same.
+
+    A round that would end more than ``seconds`` after the first one began is not begun; one always is.
     """
     times: dict[str, list[float]] = {name: [] for name in providers}
+    names = list(providers)
+    began = time.perf_counter()
     for r in range(-warmup, rounds):
-        for name, call in providers.items():
+        if r == 0:
+            began = time.perf_counter()
+        elif r > 0 and (time.perf_counter() - began) * (r + 1) / r > seconds:
+            break
+        first = r % len(names)
+        for name in names[first:] + names[:first]:
             start = time.perf_counter()
-            call()
-            if torch.cuda.is_available():
-                torch.cuda.synchronize()
+            providers[name]()
+            synchronize()
             if r >= 0:
                 times[name].append(time.perf_counter() - start)
     return times
@@ -62,17 +78,21 @@ class Transcript:
         self.lines: list[str] = []
 
     def __call__(self, text: str) -> None:
-        print(text)
+        print(text, flush=True)
         self.lines += text.splitlines()
 
 
 def save(claim: str, transcript: Transcript, results: Mapping[str, Any]) -> Path:
-    """``bench/results/<device>/<date>-<claim>.json`` with machine, versions and commit."""
+    """``<device>/<date>-<claim>.json`` with machine, versions and commit, in bench/results or the folder that
+    FASTDINO_RESULTS names. FASTDINO_COMMIT is the commit of a copy without its git history.
+    """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     name = torch.cuda.get_device_name().split()[-1].lower() if device.type == "cuda" else "cpu"
-    path = RESULTS / name / f"{datetime.date.today()}-{claim}.json"
+    folder = Path(os.environ.get("FASTDINO_RESULTS") or RESULTS)
+    path = folder / name / f"{datetime.date.today()}-{claim}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     machine = environment(1, device)
+    machine["commit"] = machine["commit"] or os.environ.get("FASTDINO_COMMIT")
     record = {"claim": claim, "machine": machine, "transcript": transcript.lines, **results}
     path.write_text(json.dumps(record, indent=1) + "\n")
     return path

@@ -19,7 +19,6 @@ import argparse
 import csv
 import gc
 import math
-import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -34,6 +33,7 @@ from bench import update_cases as updates
 from bench.harness import Transcript, interleave, save, summarise
 from bench.kernel_cases import OURS, Case, Setting
 from bench.kernel_report import OPERATIONS, Row, size_text
+from bench.machine import copy_rate, product_rate
 
 HEAD = 65536  # prototypes of the paper
 KS = (1024, 4096, 16384, HEAD, 262144)
@@ -188,30 +188,18 @@ def peak_bytes(case: Case, name: str) -> int:
 class Roofline:
     """Rates of this machine: a copy, bytes read and written per second, and large matrix products."""
 
-    def __init__(self, setting: Setting, quick: bool) -> None:
-        gpu = setting.device.type == "cuda"
-        n = 1 << (20 if quick else 29 if gpu else 26)
-        self._device, self._size = setting.device, 256 if quick else 8192 if gpu else 2048
-        source = torch.ones(n, device=setting.device)
-        target = torch.empty_like(source)
-        self.bandwidth = 2 * source.nbytes / _fastest(lambda: target.copy_(source))
-        self._flops: dict[torch.dtype, float] = {}
+    def __init__(self, quick: bool) -> None:
+        self.bandwidth = copy_rate(quick)
+        self.products: dict[torch.dtype, float] = {}  # as far as they were asked for
+        self._toy = quick
 
     def flops(self, dtype: torch.dtype) -> float:
-        if dtype not in self._flops:
-            n = self._size
-            a = torch.ones(n, n, dtype=dtype, device=self._device)
-            self._flops[dtype] = 2 * n**3 / _fastest(lambda: a @ a)
-        return self._flops[dtype]
+        self.products[dtype] = product_rate(dtype, self._toy)
+        return self.products[dtype]
 
     def least_seconds(self, case: Case) -> float:
         compute = case.flops / self.flops(case.sizes["dtype"]) if case.flops else 0.0
         return max(case.bytes / self.bandwidth, compute)
-
-
-def _fastest(call: Callable[[], object]) -> float:
-    call()
-    return statistics.median(seconds(repeated(call, 3)) / 3 for _ in range(7))
 
 
 def measure(case: Case, roofline: Roofline, budget: float) -> tuple[list[Row], list[str]]:
@@ -349,7 +337,7 @@ def main() -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.manual_seed(0)
     setting = Setting(device, compiles=not args.quick)
-    roofline = Roofline(setting, args.quick)
+    roofline = Roofline(args.quick)
     say(f"copy {roofline.bandwidth / 1e9:.1f} GB/s, {torch.get_num_threads()} threads")
     rows: list[Row] = []
     for op in args.op:
@@ -362,7 +350,7 @@ def main() -> None:
             say(f"\n{op}, {size_text(found[0])}\n{table(found)}")
             for line in left_out:
                 say(f"left out: {line}")
-    rates = {str(_plain(dtype)): rate for dtype, rate in roofline._flops.items()}
+    rates = {str(_plain(dtype)): rate for dtype, rate in roofline.products.items()}
     for dtype, rate in rates.items():
         say(f"\nmatrix product in {dtype}: {rate / 1e12:.2f} TFLOP/s")
     say("\n" + "\n".join(targets(rows, device.type)))

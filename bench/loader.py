@@ -1,11 +1,14 @@
 """The CPU data pipeline against the official one, from JPEG files to normalised crops in float32.
 
-python -m bench.loader [--images FOLDER] [--rounds 5] [--save]
+python -m bench.loader [--images FOLDER] [--rounds 5] [--demand IMG_S] [--save]
 
 Official: Pillow and the transforms of DataAugmentationDINO, written here from their documentation, in a torch
 DataLoader with as many worker processes as the loader gets threads. First, crops of several images with equal
 parameters are compared: both are exact. Then the two take turns; a ratio is that of neighbours. Without a
 folder, random pictures with the spectrum of photographs are made (500 x 375, about 85 KB).
+
+Is the loader the bottleneck? Our rates are compared with the images per second that our training step takes,
+measured in the same run with as many local crops (on a CPU while the loader rests), or with --demand.
 
 Wall-clock ratios say little while other programs compute (a round is then called contested: more than a tenth
 of a core went elsewhere), because they squeeze processes and threads differently. CPU time per image, of the
@@ -33,7 +36,9 @@ from PIL import Image, ImageEnhance, ImageFilter, ImageOps
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, RandomSampler
 
-from bench.harness import Transcript, save
+from bench.harness import Transcript, interleave, save
+from bench.machine import device
+from bench.providers import Problem, standard, steps
 from fastdino.config import CropConfig
 from fastdino.data.augment import (
     BRIGHTNESS,
@@ -273,13 +278,39 @@ def compare(
         speed = f"{row['images_per_second']:7.0f} {row['cpu_ms_per_image']:11.2f} {row['speedup']:8.2f}x"
         spread = f"{row['speedup_min']:6.2f}-{row['speedup_max']:.2f}"
         say(f"{name:24} {speed} {spread} {row['cpu_speedup']:11.2f}x")
-    say(f"{contested} of {args.rounds} rounds contested\n")
+    say(f"{contested} of {args.rounds} rounds contested")
+    demand = args.demand or step_demand(local_crops_number, args, say)
+    for name in providers:
+        if name.startswith("fastdino"):
+            say(verdict(name, summary[name]["images_per_second"], demand, local_crops_number))
+    say("")
     return {
         "local_crops_number": local_crops_number,
+        "demand_images_per_second": demand,
         "contested_rounds": contested,
         "summary": summary,
         "rounds": rounds,
     }
+
+
+def step_demand(local: int, args: argparse.Namespace, say: Transcript) -> float:
+    """Images per second that our training step takes, in its best type."""
+    case = Problem(args.step_batch or (64 if device().type == "cuda" else 8), local, args.arch, toy=args.toy)
+    crops = case.crops()
+    (name, ours) = list(standard(None).items())[-1]
+    step = steps(ours.start(case, None), crops, 5 if device().type == "cuda" else 1)
+    times = interleave({name: step}, rounds=3)[name]
+    rate = case.batch * (5 if device().type == "cuda" else 1) / statistics.median(times)
+    say(f"the step alone: {case}, {name}: {rate:.1f} img/s")
+    return rate
+
+
+def verdict(name: str, images_per_second: float, demand: float, local: int) -> str:
+    """Whether a loader of this rate holds a step back that takes ``demand`` images per second."""
+    supply, needed = images_per_second * (2 + local), demand * (2 + local)
+    factor = images_per_second / demand
+    answer = f"no, it is {factor:.1f} times as fast" if factor >= 1 else f"YES, it gives {factor:.0%} of that"
+    return f"{name}: {supply:.0f} crops/s; the step takes {needed:.0f} crops/s. Bottleneck: {answer}"
 
 
 def summarise_rounds(rounds: list[dict[str, Figures]], name: str) -> dict[str, float]:
@@ -310,6 +341,10 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=2, help="processes there, threads here")
     parser.add_argument("--count", type=int, default=640, help="images per round")
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--demand", type=float, metavar="IMG_S", help="of a step; else measured")
+    parser.add_argument("--arch", default="vit_small", help="of that step, with 16 x 16 patches")
+    parser.add_argument("--step_batch", type=int, help="images of that step; 64 on a GPU, 8 on a CPU")
+    parser.add_argument("--toy", action="store_true", help="a tiny step: checks this file")
     parser.add_argument("--save", action="store_true", help="write bench/results/")
     args = parser.parse_args()
     say = Transcript()

@@ -1,102 +1,121 @@
-"""Training step of fastdino against the same step organised as the official code does it, on the same
-tensors.
+"""Where the time and memory of a training step go: from the step as the official code organises it to ours,
+one part after the other.
 
-python -m bench.step [--arch vit_small] [--batch 8] [--local 8] [--rounds 5] [--save]
+python -m bench.step [--arch vit_small] [--batch 8] [--local 8] [--official PATH] [--seconds 180] [--compile]
 
-Correctness first: with everything in fp32, loss and updated weights of the two must agree. Then both are
-timed in turns. GFLOP per image (student forward and backward, teacher forward) at ViT-S/16: 73.7 for 2 x 224,
-113.4 with 8 x 96, 123.4 with 10."""
+Each row replaces one more part of the row before by the one that training uses; the first one has none, and
+with --official the official repository's own code comes before it. First all of them compute one step in
+fp32, where losses and updated weights must agree. Then all take turns. A row gives the speed-up over the
+first and over the previous one, and the peak memory of this step alone (see `bench.providers`). Compiled
+blocks and CUDA graphs are for GPUs; --compile measures the former on a CPU too.
+"""
 
 from __future__ import annotations
 
 import argparse
-import copy
-import resource
+from typing import Any
 
-import numpy as np
-import torch
+from bench.harness import Transcript, save, summarise
+from bench.machine import best, device
+from bench.providers import Problem, Provider, Side, add_arguments, gate, machine, problems, start, timed
 
-from bench.eager_step import EagerStep
-from bench.harness import Transcript, interleave, save, summarise, table
-from fastdino.config import Config
-from fastdino.data.loader import Crops
-from fastdino.engine.optim import Updater
-from fastdino.engine.schedules import Hyper
-from fastdino.engine.step import Scaler, train_step
-from fastdino.engine.trainer import compute_dtype
-from fastdino.methods.dino import DINO
+Row = dict[str, Any]
 
-HYPER = Hyper(lr=2e-5, weight_decay=0.04, momentum=0.996, teacher_temp=0.04, freeze_last_layer=False)
+
+def waterfall(gpu: bool, compiles: bool, official: bool) -> dict[str, Provider | str]:
+    """The rows in order, or why one is not measured."""
+    none = "this hardware has no fast 16-bit type" if best() == "fp32" else ""
+    plain = dict(compile="off", cuda_graph=False)
+    rows: dict[str, Provider | str] = {}
+    rows["official"] = Provider("official") if official else "no --official PATH"
+    rows["eager"] = Provider("eager", flags=dict(attention="math"))
+    rows["+ packed crops"] = Provider("eager", options=dict(packed=True), flags=dict(attention="math"))
+    rows["+ attention kernel"] = Provider("eager", options=dict(packed=True))
+    rows["+ prototype_loss"] = Provider("eager", options=dict(packed=True, fused_loss=True))
+    rows["+ AdamWEMA"] = Provider("train_step")
+    rows["+ autocast"] = none or Provider("train_step", best())
+    rows["+ 16-bit weights"] = none or Provider("fastdino", best(), flags=plain)
+    compiled = Provider("fastdino", best(), flags=plain | dict(compile="on"))
+    rows["+ torch.compile"] = compiled if compiles else "no GPU, no --compile"
+    graph = Provider("fastdino", best(), flags=dict(compile="on", cuda_graph=True))
+    rows["+ CUDA graph"] = graph if gpu else "no GPU"
+    return rows
+
+
+def measure(case: Problem, args: argparse.Namespace, say: Transcript) -> list[Row]:
+    rows = waterfall(device().type == "cuda", args.compile, args.official is not None)
+    providers = {name: row for name, row in rows.items() if isinstance(row, Provider)}
+    say(gate(case, providers, args.official))
+    say(f"{case}, {machine()}")
+    crops = case.crops()
+    sides: dict[str, Side] = {name: start(p, case, crops, args.official) for name, p in providers.items()}
+    times = timed(sides, crops, args.seconds)
+    first = next(iter(providers))
+    summary = summarise(times, first)
+    found: list[Row] = []
+    previous = first
+    for name, row in rows.items():
+        if isinstance(row, str):
+            found.append({"row": name, "not_measured": row})
+            continue
+        over = summarise({p: times[p] for p in (previous, name)}, previous)[name]["speedup"]
+        figures = summary[name] | {
+            "over_previous": over,
+            "rounds": len(times[name]),
+            "loss": sides[name].loss,
+        }
+        found.append({"row": name, "dtype": row.dtype, **figures, **sides[name].memory})
+        previous = name
+    return found
+
+
+def table(rows: list[Row]) -> str:
+    head = f"{'step':18} {'type':4} {'ms':>9} {'min-max':>19} {'over first':>10} {'min-max':>13}"
+    lines = [f"{head} {'previous':>8} {'peak GB':>8} {'of first':>8}"]
+    base = next(row for row in rows if "median_s" in row)["peak_bytes"]
+    for r in rows:
+        if "not_measured" in r:
+            lines.append(f"{r['row']:18} not measured ({r['not_measured']})")
+            continue
+        lines.append(
+            f"{r['row']:18} {r['dtype']:4} {r['median_s'] * 1e3:9.1f} "
+            f"{r['min_s'] * 1e3:9.1f}-{r['max_s'] * 1e3:9.1f} {r['speedup']:9.2f}x "
+            f"{r['speedup_min']:6.2f}-{r['speedup_max']:6.2f} {r['over_previous']:7.2f}x "
+            f"{r['peak_bytes'] / 1e9:8.2f} {r['peak_bytes'] / base:8.0%}"
+        )
+    return "\n".join(lines)
+
+
+def targets(rows: list[Row]) -> list[str]:
+    """What the project claims of the last row measured, against the official fp32 step."""
+    rival, ours = rows[0], [row for row in rows if "median_s" in row][-1]
+    claims = ("at least 3 times as fast as the official fp32 step", "in at most 60 % of its memory")
+    if "not_measured" in rival:
+        return [f"not measured  {claim}" for claim in claims]
+    speed, memory = ours["speedup"], ours["peak_bytes"] / rival["peak_bytes"]
+    return [
+        f"{'met' if speed >= 3 else 'MISSED':12}  {claims[0]}: {speed:.2f}",
+        f"{'met' if memory <= 0.6 else 'MISSED':12}  {claims[1]}: {memory:.0%}",
+    ]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--arch", default="vit_small")
-    parser.add_argument("--patch_size", type=int, default=16)
-    parser.add_argument("--batch", type=int, default=8)
-    parser.add_argument("--local", type=int, default=8)
-    parser.add_argument("--out_dim", type=int, default=65536)
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--save", action="store_true", help="write bench/results/")
+    add_arguments(parser, seconds=180)
+    parser.add_argument("--local", type=int, default=8, help="local crops")
+    parser.add_argument("--compile", action="store_true", help="measure torch.compile on a CPU too")
     args = parser.parse_args()
+    args.compile |= device().type == "cuda"
     say = Transcript()
 
-    config = Config()
-    config.model.arch, config.model.patch_size, config.model.out_dim = (
-        args.arch,
-        args.patch_size,
-        args.out_dim,
-    )
-    config.model.drop_path_rate = 0.0
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    torch.manual_seed(0)
-    method = DINO(config).to(device)
-    crops = Crops(
-        torch.randn(2 * args.batch, 3, 224, 224, device=device),
-        torch.randn(args.local * args.batch, 3, 96, 96, device=device) if args.local else None,
-        np.arange(args.batch),
-    )
-    rival = copy.deepcopy(method)
-    eager = EagerStep(
-        rival, lr=HYPER.lr, weight_decay=HYPER.weight_decay, momentum=0.996, teacher_temp=0.04, clip=3.0
-    )
-    ours = Updater(method.student, method.teacher, config.optim)
-
-    def step(dtype: torch.dtype) -> float:
-        return train_step(method, ours, iter([crops]), HYPER, dtype=dtype, scaler=Scaler(False)).loss
-
-    loss_ours, loss_eager = step(torch.float32), eager(crops.global_, crops.local)
-    worst = max(
-        float((a - b).abs().max())
-        for (name, a), b in zip(method.student.named_parameters(), rival.student.parameters(), strict=True)
-        if not name.endswith("qkv.bias")  # the keys' part of it has no gradient but rounding noise
-    )
-    say(
-        f"correctness (fp32): loss {loss_ours:.6f} against {loss_eager:.6f}, "
-        f"largest weight difference {worst:.1e}"
-    )
-    # AdamW's first step moves a weight by lr * sign(gradient): where a gradient is rounding noise, by 2 lr at
-    # most
-    if abs(loss_ours - loss_eager) > 1e-4 * abs(loss_eager) or worst > 2.1 * HYPER.lr:
-        raise SystemExit("the two steps disagree: nothing is timed")
-
-    best = compute_dtype(config, device)
-    names = {
-        "eager fp32": lambda: eager(crops.global_, crops.local),
-        "fastdino fp32": lambda: step(torch.float32),
-    }
-    if best != torch.float32:
-        names[f"fastdino {str(best).removeprefix('torch.')}"] = lambda: step(best)
-    rows = summarise(interleave(names, rounds=args.rounds), "eager fp32")
-    what = f"{args.arch}/{args.patch_size}, 2x224+{args.local}x96, batch {args.batch}, "
-    what += f"K {args.out_dim}, {torch.get_num_threads()} threads"
-    say(what)
-    say(table(rows, unit=dict.fromkeys(names, args.batch)))
-    say(f"peak memory of this process: {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.2f} GiB")
+    (case,) = problems(args, [args.local], say)
+    rows = measure(case, args, say)
+    say(table(rows))
+    say("\n".join(targets(rows)))
     if args.save:
-        print(save("step", say, {"configuration": what, "rounds": args.rounds, "providers": rows}))
+        print(save("step", say, {"configuration": str(case), "rows": rows}))
 
 
 if __name__ == "__main__":

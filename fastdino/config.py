@@ -12,6 +12,7 @@ import difflib
 import importlib.util
 import math
 import os
+import re
 import types
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -141,6 +142,22 @@ class DataConfig:
 
 
 @dataclass
+class EngineConfig:
+    """Speed, memory and scale; none of it changes what is computed."""
+
+    attention: Literal["auto", "sdpa", "xformers", "varlen", "math"] = "auto"
+    """Attention kernels: PyTorch's per crop size, xformers or PyTorch's over all crops, explicit products."""
+    compile: Literal["auto", "on", "off"] = "auto"
+    """torch.compile of each block; auto: on a GPU."""
+    cuda_graph: bool = False
+    """Record the step once, replay it with one launch; for small models, whose launches cost most."""
+    activation_checkpointing: Literal["none", "selective", "full"] = "none"
+    """What backward computes again instead of keeping it: nothing, the wide MLP activations, or blocks."""
+    mesh: str = "replicate"
+    """Processes: replicate the model, shard it over all (FSDP2), or RxS: R replicas of S shards each."""
+
+
+@dataclass
 class EvalConfig:
     """Evaluation during training and in the report."""
 
@@ -193,6 +210,7 @@ class Config:
     optim: OptimConfig = field(default_factory=OptimConfig)
     crops: CropConfig = field(default_factory=CropConfig)
     data: DataConfig = field(default_factory=DataConfig)
+    engine: EngineConfig = field(default_factory=EngineConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     run: RunConfig = field(default_factory=RunConfig)
 
@@ -393,6 +411,21 @@ def config_from_flags(**flags: Any) -> Config:
     return config
 
 
+def parse_mesh(text: str, world_size: int) -> tuple[int, int] | None:
+    """``--mesh`` as (replicas, shards of each), whose product is the number of processes; None for
+    ``replicate``, and in a single process, which has nothing to shard. Raises ConfigError.
+    """
+    if text == "replicate":
+        return None
+    found = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", text)
+    if text != "shard" and found is None:
+        raise ConfigError("mesh", f"expected replicate, shard or RxS such as 2x4, got {text!r}")
+    replicas, shards = (int(found[1]), int(found[2])) if found else (1, world_size)
+    if replicas * shards != world_size:
+        raise ConfigError("mesh", f"expected R x S = {world_size}, the number of processes, got {text}")
+    return (replicas, shards) if world_size > 1 else None
+
+
 # -- validation -------------------------------------------------------------------------------------------
 
 
@@ -447,7 +480,10 @@ def validate(config: Config, world_size: int | None = None) -> None:
         raise ConfigError("precision", f"expected fp32 or auto with --use_fp16 false, got {optim.precision}")
     if config.run.logger == "wandb" and importlib.util.find_spec("wandb") is None:
         raise ConfigError("logger", "wandb is not installed (pip install wandb)")
-    split_batch(config, launched_processes() if world_size is None else world_size)
+    processes = launched_processes() if world_size is None else world_size
+    split_batch(config, processes)
+    if parse_mesh(config.engine.mesh, processes) is not None:
+        _validate_sharded(config)
 
 
 def _validate_model(config: Config) -> None:
@@ -467,6 +503,20 @@ def _validate_model(config: Config) -> None:
     if width % heads:
         blamed = "num_heads" if model.num_heads is not None else "embed_dim"
         raise ConfigError(blamed, f"expected a width that the heads divide, got {heads} heads, width {width}")
+
+
+def _validate_sharded(config: Config) -> None:
+    """What sharded models cannot do."""
+    mesh = f"with --mesh {config.engine.mesh}"
+    if config.engine.cuda_graph:
+        raise ConfigError("cuda_graph", f"expected false {mesh}: FSDP's steps are not recorded")
+    if config.optim.optimizer in ("lars", "lamb"):
+        got = f"got {config.optim.optimizer}, whose trust ratios need norms of whole tensors"
+        raise ConfigError("optimizer", f"expected adamw or sgd {mesh}, {got}")
+    if config.model.use_bn_in_head:
+        raise ConfigError("use_bn_in_head", f"expected false {mesh}, got true")
+    if config.model.bottleneck_dim == 0:
+        raise ConfigError("bottleneck_dim", f"expected a bottleneck {mesh}, got 0")
 
 
 def backbone_shape(model: ModelConfig) -> tuple[int, int, int]:

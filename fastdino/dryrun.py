@@ -9,14 +9,17 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from fastdino.config import Config, ModelConfig, backbone_shape, split_batch
+from fastdino.config import Config, ModelConfig, backbone_shape, parse_mesh, split_batch
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-# Bytes that one block keeps per token and channel for its backward pass, attention without its N x N map: the
-# inputs of two norms (fp32 also under autocast), of qkv, proj, fc1, GELU and fc2, and q, k and v.
-_KEPT_16_BIT, _KEPT_FP32 = 36.0, 64.0
+# Bytes that one block keeps per token and channel for its backward pass, by --activation_checkpointing: the
+# inputs of two norms (fp32 also under autocast), q, k and v, attention's output, the input of GELU.
+_KEPT_16_BIT = {"none": 24.0, "selective": 16.0, "full": 4.0}
+_KEPT_FP32 = {"none": 40.0, "selective": 24.0, "full": 4.0}
+# What the loss holds, relative to the logits it never stores: measured with K = 65536 (kernels/README.md).
+_LOSS_SHARE = 0.07
 # Allocator and backward transients on top of what is kept: the ratio of the memory in Table 8 of the paper to
 # such a count for the official code, the same from 0 to 10 local crops.
 _TRANSIENTS = 1.16
@@ -194,10 +197,17 @@ def _half(config: Config) -> bool:
 
 
 def _state_bytes(config: Config, parameters: int, world_size: int) -> float:
-    """Student, teacher, gradients, optimizer in fp32; 16-bit copies; a bucket; weight-normed last layers."""
-    per_parameter = 12 + (8 if config.optim.optimizer in ("adamw", "lamb") else 4)
-    per_parameter += 4 if _half(config) else 0
-    per_parameter += 4 if world_size > 1 else 0
+    """Student, teacher, gradients and optimizer in fp32, prototypes after their weight norm; for each
+    parameter also 16-bit copies in both models and a bucket of the gradients, or of a sharded model what is
+    gathered of the student.
+    """
+    own = 12 + (8 if config.optim.optimizer in ("adamw", "lamb") else 4)
+    half = _half(config)
+    mesh = parse_mesh(config.engine.mesh, world_size)
+    if mesh is None:
+        per_parameter = own + (4 if half else 0) + (4 if world_size > 1 else 0)
+    else:
+        per_parameter = own / mesh[1] + (2 if half else 4)
     model = config.model
     last_layers = 2 * 4 * model.out_dim * model.bottleneck_dim
     return float(per_parameter * parameters + last_layers)
@@ -207,7 +217,7 @@ def _activation_bytes(config: Config, batch: int) -> float:
     """Crops, what every block keeps for its backward pass, and the row statistics of attention."""
     width, depth, heads = backbone_shape(config.model)
     crops = config.crops
-    kept = _KEPT_16_BIT if _half(config) else _KEPT_FP32
+    kept = (_KEPT_16_BIT if _half(config) else _KEPT_FP32)[config.engine.activation_checkpointing]
     total = 0.0
     for number, size in ((2, crops.global_crops_size), (crops.local_crops_number, crops.local_crops_size)):
         pixels = 4.0 * config.model.in_chans * size**2
@@ -217,6 +227,6 @@ def _activation_bytes(config: Config, batch: int) -> float:
 
 
 def _loss_bytes(config: Config, batch: int) -> float:
-    """Logits of all student and teacher views, in the compute type and in fp32."""
+    """A share of what the fp32 logits of all student and teacher views would take."""
     rows = batch * (2 + config.crops.local_crops_number + 2)
-    return float(rows * config.model.out_dim * (6 if _half(config) else 8))
+    return _LOSS_SHARE * 4 * rows * config.model.out_dim

@@ -102,18 +102,18 @@ def test_steps() -> None:
     assert (unknown.steps_per_epoch, unknown.total_steps, unknown.flops_of_run) == (None, None, None)
 
 
-# Activations in GB without the N x N maps at 64 images per GPU, counted in the tensors of the official code.
-@pytest.mark.parametrize(("local", "gigabytes"), [(0, 4.18), (2, 4.97), (6, 6.54), (10, 8.12)])
+# Activations in GB at 64 images per GPU: two thirds of those of the official code without its N x N maps.
+@pytest.mark.parametrize(("local", "gigabytes"), [(0, 2.79), (2, 3.31), (6, 4.36), (10, 5.41)])
 def test_activation_memory_of_table_8(local: int, gigabytes: float) -> None:
     config = with_flags(Config(), {"local_crops_number": local, "batch_size_per_gpu": 64})
-    assert estimate(config, None).activation_bytes / 1e9 == pytest.approx(gigabytes, rel=0.03)
+    assert estimate(config, None).activation_bytes / 1e9 == pytest.approx(gigabytes, rel=0.04)
 
 
 # Table 8 was measured with the N x N attention maps (2.15 to 2.52 GB) and all log-probabilities kept.
 @pytest.mark.parametrize(("local", "measured"), [(0, 9.3), (2, 10.5), (6, 12.9), (10, 15.4)])
 def test_memory_is_below_table_8(local: int, measured: float) -> None:
     config = with_flags(Config(), {"local_crops_number": local})
-    assert 0.6 * measured < estimate(config, None, 16).memory_bytes / 1e9 < 0.9 * measured
+    assert 0.4 * measured < estimate(config, None, 16).memory_bytes / 1e9 < 0.6 * measured
 
 
 def test_memory_grows_with_what_is_kept() -> None:
@@ -122,6 +122,11 @@ def test_memory_grows_with_what_is_kept() -> None:
     assert fp32.activation_bytes > 1.5 * base.activation_bytes
     assert estimate(with_flags(Config(), {"optimizer": "lars"}), None).state_bytes < base.state_bytes
     assert estimate(with_flags(Config(), {"optimizer": "lamb"}), None).state_bytes == base.state_bytes
+    for choice, share in (("selective", 0.75), ("full", 0.3)):
+        config = with_flags(Config(), {"activation_checkpointing": choice})
+        assert estimate(config, None).activation_bytes < share * base.activation_bytes
+    sharded = estimate(with_flags(Config(), {"mesh": "2x8"}), None, 16)
+    assert sharded.state_bytes < 0.4 * estimate(Config(), None, 16).state_bytes
     half = with_flags(Config(), {"batch_size": 64, "batch_size_per_gpu": 32})
     assert estimate(half, None).activation_bytes == base.activation_bytes / 2
     assert estimate(half, None).micro_batches == 2

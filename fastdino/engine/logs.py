@@ -18,6 +18,8 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
+import fastdino
+
 _PACKAGES = (
     "torch",
     "triton",
@@ -68,7 +70,7 @@ def environment(world_size: int, device: torch.device) -> dict[str, Any]:
             continue
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name()
     return {
-        "fastdino": metadata.version("fastdino"),
+        "fastdino": fastdino.__version__,
         "commit": _commit(),
         "python": platform.python_version(),
         "platform": platform.platform(),

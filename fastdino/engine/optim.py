@@ -1,21 +1,23 @@
 """The update: unscale, per-tensor clip, optimizer step and teacher EMA behind one call, and its state by
 parameter name.
 
-AdamW, LARS and LAMB are fused with clipping and EMA; SGD is torch's, followed by the multi-tensor EMA. A step
-whose gradients are not finite changes nothing.
+All optimizers are fused with clipping, EMA and the 16-bit copies of the weights. A step whose gradients are
+not finite changes nothing, which is decided where the gradients are. Of a model that is sharded over
+processes, each process updates its rows.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from fastdino_kernels import LAMB, LARS, AdamWEMA, clip_grad_per_tensor_, ema_update_
+from fastdino_kernels import LAMB, LARS, AdamWEMA, grad_square_sums
 from torch import Tensor, nn
 
 from fastdino.config import OptimConfig
-from fastdino.engine.schedules import Hyper
+from fastdino.engine import rows
+from fastdino.engine.checkpoint import Piece
 
 
 def parameter_groups(module: nn.Module) -> list[dict]:
@@ -30,32 +32,42 @@ def parameter_groups(module: nn.Module) -> list[dict]:
     return [{"params": decayed}, {"params": plain, "weight_decay": 0.0}]
 
 
-class Update(NamedTuple):
-    """What an update did: ``skipped`` when a gradient was not finite, ``grad_norms`` [tensors] before
-    clipping, 0 without a gradient.
+class Updater:
+    """Optimizer of the student and EMA of the teacher.
+
+    ``copies`` are 16-bit copies of parameters of either, which every update renews.
     """
 
-    skipped: bool
-    grad_norms: Tensor
-
-
-class Updater:
-    """Optimizer of the student and EMA of the teacher."""
-
-    def __init__(self, student: nn.Module, teacher: nn.Module, config: OptimConfig):
-        self.names = {p: name for name, p in student.named_parameters()}
-        self.clip = config.clip_grad
+    def __init__(
+        self,
+        student: nn.Module,
+        teacher: nn.Module,
+        config: OptimConfig,
+        *,
+        copies: Mapping[nn.Parameter, Tensor] | None = None,
+    ):
+        self.student, self.teacher = student, teacher
+        self.copies = dict(copies or {})
         teacher_of = dict(teacher.named_parameters())
+        self.names = {p: name for name, p in student.named_parameters()}
         groups = parameter_groups(student)
-        trained = [p for g in groups for p in g["params"]]
+        self.parameters: list[nn.Parameter] = [p for g in groups for p in g["params"]]
+        self.last_layer = [p for p in self.parameters if self.names[p].startswith("head.last_layer.")]
         frozen = [p for p in self.names if not p.requires_grad]
-        self.pairs = [(p, teacher_of[self.names[p]]) for p in trained + frozen]  # (student, teacher)
+        self.shards = rows.shard_group(student)  # processes that hold the rows of one copy of the model
+        self.sharded = self.shards is not None
+        # What the optimizer knows: the parameters, or this process's rows of them.
+        self.rows: dict[nn.Parameter, Tensor] = {p: rows.local(p) for p in self.names}
+        for group in groups:
+            group["params"] = [self.rows[p] for p in group["params"]]
         fused: dict[str, Any] = dict(
             lr=0.0,
-            teacher_params=[teacher_of[self.names[p]] for p in trained],
-            extra_ema=[(p, teacher_of[self.names[p]]) for p in frozen],
+            teacher_params=[rows.local(teacher_of[self.names[p]]) for p in self.parameters],
+            extra_ema=[(self.rows[p], rows.local(teacher_of[self.names[p]])) for p in frozen],
+            low_precision_params=[self.copies.get(p) for p in self.parameters],
+            low_precision_teacher=[self.copies.get(teacher_of[self.names[p]]) for p in self.parameters],
         )
-        self.optimizer: torch.optim.Optimizer
+        self.optimizer: AdamWEMA | LARS | LAMB
         if config.optimizer == "adamw":
             self.optimizer = AdamWEMA(groups, max_grad_norm=config.clip_grad, **fused)
         elif config.optimizer == "lars":
@@ -63,51 +75,69 @@ class Updater:
         elif config.optimizer == "lamb":
             self.optimizer = LAMB(groups, max_tensor_norm=config.clip_grad, **fused)
         else:
-            self.optimizer = torch.optim.SGD(groups, lr=0.0, momentum=0.9)
-
-    def parameters(self) -> list[nn.Parameter]:
-        return [p for group in self.optimizer.param_groups for p in group["params"]]
+            self.optimizer = LARS(groups, eta=None, max_grad_norm=config.clip_grad, **fused)
 
     def zero_grad(self) -> None:
-        for parameter in self.parameters():
+        for parameter in self.parameters:
             parameter.grad = None
 
-    def step(self, hyper: Hyper, *, grad_scale: float = 1.0, skip: bool = False) -> Update:
-        """Apply the gradients (divided by ``grad_scale``) and move the teacher; with ``skip`` or a non-finite
-        gradient, nothing.
+    def set_sync(self, last: bool) -> None:
+        """Whether the coming backward pass is the last one before the update (a sharded model reduces its
+        gradients in it).
+        """
+        if self.sharded:
+            from fastdino.engine import sharding
+
+            sharding.set_sync(self.student, last)
+
+    def step(self, scalars: Any, *, grad_scale: float | Tensor = 1.0, skip: bool | Tensor = False) -> Tensor:
+        """Apply the gradients, divided by ``grad_scale``, and move the teacher; with ``skip`` or a gradient
+        that is not finite, nothing. ``scalars`` has lr, weight_decay and momentum, numbers or 0-dim tensors.
+
+        Returns [] bool on the device: a gradient was not finite.
         """
         for index, group in enumerate(self.optimizer.param_groups):
-            group["lr"] = hyper.lr
-            group["weight_decay"] = hyper.weight_decay if index == 0 else 0.0
-        if isinstance(self.optimizer, (AdamWEMA, LARS, LAMB)):
-            result = self.optimizer.step(momentum=hyper.momentum, grad_scale=grad_scale, skip=skip)
-            return Update(skip or bool(result.found_inf), result.grad_norms)
-        parameters = self.parameters()
-        norms = clip_grad_per_tensor_(parameters, self.clip, grad_scale=grad_scale)
-        if skip or not bool(torch.isfinite(norms).all()):
-            return Update(True, norms)
-        self.optimizer.step()
-        ema_update_([t for _, t in self.pairs], [s.detach() for s, _ in self.pairs], hyper.momentum)
-        return Update(False, norms)
+            group["lr"] = scalars.lr
+            group["weight_decay"] = scalars.weight_decay if index == 0 else 0.0
+        if not self.sharded:
+            result = self.optimizer.step(momentum=scalars.momentum, grad_scale=grad_scale, skip=skip)
+            return result.found_inf
+        from fastdino.engine import sharding
 
-    def state(self) -> dict[str, Tensor]:
+        sharding.reshard(self.teacher)
+        grads = [None if p.grad is None else rows.local(p.grad) for p in self.parameters]
+        for parameter, grad in zip(self.parameters, grads, strict=True):
+            self.rows[parameter].grad = grad
+        squares = rows.sum_over(self.shards, grad_square_sums(grads))
+        result = self.optimizer.step(
+            momentum=scalars.momentum, grad_scale=grad_scale, skip=skip, norms=squares.sqrt() / grad_scale
+        )
+        return result.found_inf
+
+    def refresh_copies(self) -> None:
+        """Renew the 16-bit copies after the weights were set by something else than :meth:`step`."""
+        with torch.no_grad():
+            for parameter, copy in self.copies.items():
+                copy.copy_(parameter)
+
+    def state(self) -> dict[str, Tensor | Piece]:
         """Optimizer state as flat names: ``exp_avg.<parameter>``, ``exp_avg_sq.<parameter>``,
         ``step.<parameter>``, ...
         """
         return {
-            f"{key}.{self.names[parameter]}": value  # type: ignore[index]
-            for parameter, entry in self.optimizer.state.items()
-            for key, value in entry.items()
+            f"{key}.{self.names[parameter]}": rows.piece(value, parameter) if value.ndim else value
+            for parameter in self.parameters
+            for key, value in self.optimizer.state.get(self.rows[parameter], {}).items()
             if isinstance(value, Tensor)
         }
 
     def load_state(self, state: Mapping[str, Tensor]) -> None:
-        """Inverse of :meth:`state`; a parameter without entries starts afresh (a last layer that was frozen
-        so far).
+        """Take whole tensors under the names of :meth:`state`; a parameter without entries starts afresh (a
+        last layer that was frozen so far).
 
         Raises KeyError for entries of unknown parameters and ValueError for a shape that does not fit.
         """
-        by_name = {self.names[p]: p for p in self.parameters()}
+        by_name = {self.names[p]: p for p in self.parameters}
         entries: dict[Tensor, dict[str, Tensor]] = {}
         for flat, value in state.items():
             key, _, name = flat.partition(".")
@@ -119,6 +149,8 @@ class Updater:
                     f"optimizer state {flat}: expected shape {tuple(parameter.shape)}, "
                     f"got {tuple(value.shape)}"
                 )
-            entries.setdefault(parameter, {})[key] = value.to(parameter.device, copy=True)
+            part = rows.rows_like(value, parameter) if value.ndim else value
+            entry = part.to(self.rows[parameter].device, copy=True)
+            entries.setdefault(self.rows[parameter], {})[key] = entry
         self.optimizer.state.clear()
         self.optimizer.state.update(entries)

@@ -1,16 +1,17 @@
-"""Processes: torchrun's environment, collectives that are no-ops in a single process, gradient averaging."""
+"""Processes: torchrun's environment, collectives that are no-ops in a single process, sums of gradients."""
 
 from __future__ import annotations
 
 import datetime
 import os
-from collections.abc import Iterable
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
+from torch import Tensor, nn
 
-_BUCKET = 8 * 1024 * 1024  # elements per all-reduce: enough for bandwidth, yet the copy stays small
+_BUCKET = 8 * 1024 * 1024  # elements per all-reduce: enough for bandwidth, few enough to start early
 
 
 @dataclass(frozen=True)
@@ -26,24 +27,43 @@ class World:
         return self.rank == 0
 
 
+def device_of(choice: str) -> torch.device:
+    """Of ``--device``; with several GPUs the one of this process.
+
+    Raises ValueError when ``choice`` is cuda and there is none.
+    """
+    if choice == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda: this machine has no CUDA device that torch can use")
+    if choice == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+
+
 def start(device: str = "auto") -> World:
     """Join the processes that torchrun started (NCCL on GPUs, gloo on CPUs), or be the only one.
 
     Raises ValueError when ``device`` is cuda and there is none.
     """
-    if device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("--device cuda: this machine has no CUDA device that torch can use")
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    size, local_rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("LOCAL_RANK", "0"))
-    place = torch.device("cuda", local_rank) if device == "cuda" else torch.device("cpu")
+    place, size = device_of(device), int(os.environ.get("WORLD_SIZE", "1"))
     if place.type == "cuda":
         torch.cuda.set_device(place)
     if size > 1 and not dist.is_initialized():
-        dist.init_process_group(
-            "nccl" if place.type == "cuda" else "gloo", timeout=datetime.timedelta(minutes=30)
-        )
+        _join("nccl" if place.type == "cuda" else "gloo")
     return World(dist.get_rank() if size > 1 else 0, size, place)
+
+
+def _join(kind: str) -> None:
+    """Workers that torchrun restarted must not meet those before them: all share one key-value store, in
+    which the addresses of the dead ones still stand.
+    """
+    timeout = datetime.timedelta(minutes=30)
+    # Nodes count their restarts differently; several of them need what the README sets for the launcher.
+    if os.environ.get("GROUP_WORLD_SIZE") != "1":
+        dist.init_process_group(kind, timeout=timeout)
+        return
+    store, rank, size = next(dist.rendezvous("env://", timeout=timeout))
+    store = dist.PrefixStore(f"restart {os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
+    dist.init_process_group(kind, timeout=timeout, store=store, rank=rank, world_size=size)
 
 
 def stop() -> None:
@@ -60,17 +80,25 @@ def barrier() -> None:
         dist.barrier()
 
 
-def mean_(tensor: torch.Tensor) -> torch.Tensor:
-    """Average ``tensor`` over all processes, in place."""
+def size() -> int:
+    """Number of processes."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def sum_(tensor: Tensor) -> Tensor:
+    """Add ``tensor`` up over all processes, in place."""
     if dist.is_initialized():
         dist.all_reduce(tensor)
-        tensor /= dist.get_world_size()
     return tensor
 
 
 def any_of(flag: bool, device: torch.device) -> bool:
     """Whether ``flag`` is true on any process."""
-    return float(mean_(torch.tensor(float(flag), device=device))) > 0.0
+    return float(sum_(torch.tensor(float(flag), device=device))) > 0.0
 
 
 def broadcast_object(value: object) -> object:
@@ -82,21 +110,60 @@ def broadcast_object(value: object) -> object:
     return box[0]
 
 
-def average_gradients(parameters: Iterable[torch.nn.Parameter]) -> None:
-    """Average the gradients over all processes; every process must hold gradients for the same parameters."""
-    if not dist.is_initialized():
-        return
-    bucket: list[torch.Tensor] = []
-    for gradient in [p.grad for p in parameters if p.grad is not None]:
-        bucket.append(gradient)
-        if sum(g.numel() for g in bucket) >= _BUCKET:
-            _average(bucket)
-            bucket = []
-    if bucket:
-        _average(bucket)
+class GradientBuckets:
+    """Adds up the gradients of all processes, each bucket of them as soon as backward has filled it.
 
+    Buckets are launched in a fixed order, that of backward, whatever the order in which hooks run, so that
+    all processes issue the same collectives; a parameter that got no gradient counts as zero.
+    """
 
-def _average(gradients: list[torch.Tensor]) -> None:
-    flat = mean_(torch.cat([g.reshape(-1) for g in gradients]))
-    pieces = flat.split([g.numel() for g in gradients])
-    torch._foreach_copy_(gradients, [p.view_as(g) for p, g in zip(pieces, gradients, strict=True)])
+    def __init__(self, parameters: Sequence[nn.Parameter]):
+        self.parameters = list(reversed(parameters))  # about the order in which backward reaches them
+        self.overlap = True  # launch from the hooks of backward: off before the last micro-batch
+        self.begin(without=())
+        for parameter in self.parameters:
+            parameter.register_post_accumulate_grad_hook(self._ready)
+
+    def begin(self, without: Collection[nn.Parameter]) -> None:
+        """A new step, in which the parameters ``without`` get no gradient on any process."""
+        left_out = {id(p) for p in without}
+        self.buckets: list[list[nn.Parameter]] = []
+        elements = _BUCKET
+        for parameter in self.parameters:
+            if id(parameter) in left_out:
+                continue
+            if elements + parameter.numel() > _BUCKET:
+                self.buckets.append([])
+                elements = 0
+            self.buckets[-1].append(parameter)
+            elements += parameter.numel()
+        self.bucket_of = {id(p): i for i, bucket in enumerate(self.buckets) for p in bucket}
+        self.missing = [len(bucket) for bucket in self.buckets]
+        self.running: list[tuple[Tensor, dist.Work]] = []
+
+    def _ready(self, parameter: Tensor) -> None:
+        if not self.overlap:
+            return
+        self.missing[self.bucket_of[id(parameter)]] -= 1
+        while len(self.running) < len(self.buckets) and self.missing[len(self.running)] == 0:
+            self._launch()
+
+    def _launch(self) -> None:
+        bucket = self.buckets[len(self.running)]
+        grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in bucket]
+        flat = torch.cat([g.reshape(-1) for g in grads])
+        work = dist.all_reduce(flat, async_op=True)
+        assert work is not None
+        self.running.append((flat, work))
+
+    def finish(self) -> None:
+        """Launch what is left, wait, and put the sums where the gradients are."""
+        while len(self.running) < len(self.buckets):
+            self._launch()
+        for bucket, (flat, work) in zip(self.buckets, self.running, strict=True):
+            work.wait()
+            for parameter, total in zip(bucket, flat.split([p.numel() for p in bucket]), strict=True):
+                if parameter.grad is None:
+                    parameter.grad = total.view_as(parameter)
+                else:
+                    parameter.grad.copy_(total.view_as(parameter))

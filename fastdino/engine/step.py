@@ -1,143 +1,186 @@
-"""One optimizer step: forward and backward of every micro-batch, one reduction over processes, one update.
+"""One optimizer step as device code: nothing here waits for the device or branches on what it computed.
 
-EMA, center and schedules move once per optimizer step, however many micro-batches it accumulates. A step with
-a loss, center or gradient that is not finite on any process changes no byte of student, teacher, center or
-optimizer anywhere."""
+Forward and backward of every micro-batch, one reduction over processes, one update. EMA, center and schedules
+move once per optimizer step, however many micro-batches it accumulates. A step with a loss, center or
+gradient that is not finite on any process changes no byte of student, teacher, center or optimizer anywhere;
+that, too, is decided on the device, and the host reads of it in the rows of :class:`~.metrics.Ring`.
+"""
 
 from __future__ import annotations
 
-import math
-import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from fastdino.data.loader import Crops
 from fastdino.engine import parallel
+from fastdino.engine.metrics import Clock, Ring, StepResult
 from fastdino.engine.optim import Updater
 from fastdino.engine.schedules import Hyper
 from fastdino.methods.dino import DINO
 
 
-@dataclass
+class Scalars:
+    """The numbers that change from step to step, in one tensor on the device, uploaded by one copy."""
+
+    def __init__(self, device: torch.device):
+        self.values = torch.zeros(4, dtype=torch.float64, device=device)
+        self.lr, self.weight_decay, self.momentum, self.teacher_temp = self.values.unbind()
+
+    def set(self, hyper: Hyper) -> None:
+        numbers = (hyper.lr, hyper.weight_decay, hyper.momentum, hyper.teacher_temp)
+        host = torch.tensor(numbers, dtype=torch.float64, pin_memory=self.values.is_cuda)
+        self.values.copy_(host, non_blocking=True)
+
+
 class Scaler:
-    """Dynamic loss scaling for fp16 (growth 2 after 2000 good steps, halved by a bad one, as
+    """Dynamic loss scaling for fp16 on the device (growth 2 after 2000 good steps, halved by a bad one, as
     torch.amp.GradScaler).
     """
 
-    enabled: bool
-    scale: float = 2.0**16
-    good_steps: int = 0
+    def __init__(self, device: torch.device, enabled: bool, scale: float = 2.0**16):
+        self.enabled = enabled
+        self.scale = torch.tensor(scale if enabled else 1.0, dtype=torch.float32, device=device)
+        self.good_steps = torch.zeros((), dtype=torch.int32, device=device)
 
-    def value(self) -> float:
-        return self.scale if self.enabled else 1.0
+    def update(self, overflow: Tensor, undone: Tensor) -> None:
+        """``overflow`` [] bool: a gradient was not finite; ``undone`` [] bool: the step did not happen."""
+        if self.enabled:
+            before = self.scale.clone(), self.good_steps.clone()
+            torch._amp_update_scale_(self.scale, self.good_steps, overflow.float(), 2.0, 0.5, 2000)
+            self.scale.copy_(torch.where(undone, before[0], self.scale.clamp(min=1.0)))
+            self.good_steps.copy_(torch.where(undone, before[1], self.good_steps))
 
-    def update(self, skipped: bool) -> None:
-        self.good_steps = 0 if skipped else self.good_steps + 1
-        if skipped:
-            self.scale = max(self.scale * 0.5, 1.0)
-        elif self.good_steps == 2000:
-            self.scale, self.good_steps = self.scale * 2.0, 0
+    def state(self) -> dict[str, float]:
+        return {"scale": float(self.scale), "good_steps": int(self.good_steps)}
+
+    def load_state(self, state: dict[str, float]) -> None:
+        self.scale.fill_(state["scale"])
+        self.good_steps.fill_(int(state["good_steps"]))
 
 
-@dataclass
-class StepResult:
-    """Means over the global batch, in nats, and seconds per phase. ``stop``: a process asked to stop, the
-    step was abandoned.
+class TrainStep:
+    """Trains ``method`` through ``updater`` on one global batch per call.
+
+    ``dtype`` is the compute type: GEMMs run in it; parameters, statistics and the update stay in fp32.
+    ``accumulate`` is the number of micro-batches of a step. ``reducer`` adds up the gradients of all
+    processes (none: one process, or FSDP, which averages them itself).
     """
 
-    loss: float
-    teacher_entropy: float
-    kl: float
-    skipped: bool
-    stop: bool
-    seconds: dict[str, float] = field(default_factory=dict)
+    def __init__(
+        self,
+        method: DINO,
+        updater: Updater,
+        *,
+        dtype: torch.dtype,
+        accumulate: int = 1,
+        reducer: parallel.GradientBuckets | None = None,
+        scaler: Scaler | None = None,
+    ):
+        self.method, self.updater, self.dtype, self.accumulate = method, updater, dtype, accumulate
+        self.reducer = reducer
+        device = method.center.device
+        self.scalars = Scalars(device)
+        self.scaler = scaler or Scaler(device, enabled=dtype == torch.float16)
+        self.ring = Ring(device)
+        # [batch center (K), loss, entropy, KL, stop], sums over micro-batches and processes
+        self.sums = torch.zeros(method.center.numel() + 4, device=device)
+        self.row = torch.zeros(6, device=device)
+        # Collectives inside of forward and backward must be the same on every process: no way out in between.
+        self.may_abandon = not updater.sharded
 
+    def run(self, batches: Iterator[Crops], hyper: Hyper, stop: Callable[[], bool] = bool) -> StepResult:
+        """:meth:`enqueue`, then wait for its result."""
+        self.enqueue(batches, hyper, stop)
+        return self.ring.take(every=True)[-1]
 
-class Clock:
-    """Seconds per phase of a step; ``exact`` waits for a GPU at each phase's end, so only some steps should
-    be exact.
-    """
+    def enqueue(self, batches: Iterator[Crops], hyper: Hyper, stop: Callable[[], bool] = bool) -> None:
+        """Train on the next ``accumulate`` of ``batches``, this process's part of the global batch.
 
-    def __init__(self, device: torch.device, exact: bool = True):
-        self.wait = exact and device.type == "cuda"
-        self.seconds: dict[str, float] = {}
-        self.last = time.perf_counter()
+        ``stop`` is asked before each forward and backward pass; once it is true on any process, the step
+        changes nothing on all of them and its result says so.
+        """
+        clock = Clock(self.sums.device)
+        self.scalars.set(hyper)
+        self.begin(hyper.freeze_last_layer)
+        stopped = False
+        for i in range(self.accumulate):
+            crops = next(batches)
+            clock.lap("data")
+            stopped = self.may_abandon and stop()
+            stopped = stopped or not self.micro_batch(
+                crops, hyper.freeze_last_layer, i + 1 == self.accumulate, clock, stop
+            )
+            if stopped:
+                break
+        if stopped or stop():
+            self.sums[-1].fill_(1.0)
+        self.reduce()
+        self.update()
+        clock.lap("update")
+        self.ring.push(self.row, clock)
 
-    def lap(self, phase: str) -> None:
-        if self.wait:
-            torch.cuda.current_stream().synchronize()
-        now = time.perf_counter()
-        self.seconds[phase] = self.seconds.get(phase, 0.0) + now - self.last
-        self.last = now
+    def begin(self, frozen: bool) -> None:
+        """Forget the gradients of the step before."""
+        self.zero_grad()
+        self.sums.zero_()
+        if self.reducer is not None:
+            self.reducer.begin(without=self.updater.last_layer if frozen else ())
 
+    def zero_grad(self) -> None:
+        self.updater.zero_grad()
 
-def train_step(
-    method: DINO,
-    updater: Updater,
-    batches: Iterator[Crops],
-    hyper: Hyper,
-    *,
-    accumulate: int = 1,
-    dtype: torch.dtype,
-    scaler: Scaler,
-    stop: Callable[[], bool] = bool,
-    clock: Clock | None = None,
-) -> StepResult:
-    """Train on the next ``accumulate`` of ``batches`` (this process's part of the global batch); move teacher
-    and center once.
+    def micro_batch(
+        self, crops: Crops, frozen: bool, last: bool, clock: Clock, stop: Callable[[], bool] = bool
+    ) -> bool:
+        """Forward and backward pass of one micro-batch; False when ``stop`` came in between."""
+        out = self.forward(crops, frozen)
+        clock.lap("forward")
+        if self.may_abandon and stop():
+            return False
+        if self.reducer is not None:
+            self.reducer.overlap = last
+        self.updater.set_sync(last)
+        self.backward(*out)
+        clock.lap("backward")
+        return True
 
-    ``dtype`` is the compute type: GEMMs run in it, parameters, statistics and the update stay in fp32.
-    ``stop`` is asked before each forward and backward pass; once it is true on any process, the step is
-    abandoned on all and nothing has changed.
-    """
-    device = method.center.device
-    clock = clock or Clock(device)
-    share = 1.0 / accumulate
-    updater.zero_grad()
-    sums = torch.zeros(
-        method.center.numel() + 4, device=device
-    )  # [batch center (K), loss, entropy, KL, stop]
-    for _ in range(accumulate):
-        crops = next(batches)
-        clock.lap("data")
-        if stop():
-            break
-        with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
-            out = method(
+    def forward(self, crops: Crops, frozen: bool) -> tuple[Tensor, Tensor]:
+        """The loss, to be differentiated, and the micro-batch's summand of ``sums``."""
+        with torch.autocast(self.sums.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32):
+            out = self.method(
                 crops.global_,
                 crops.local,
-                teacher_temp=hyper.teacher_temp,
-                freeze_last_layer=hyper.freeze_last_layer,
+                teacher_temp=self.scalars.teacher_temp,
+                freeze_last_layer=frozen,
             )
-        clock.lap("forward")
-        if stop():
-            break
-        (out.loss * (share * scaler.value())).backward()
-        clock.lap("backward")
-        sums += share * _row(out.batch_center, out.loss, out.teacher_entropy, out.kl)
-    sums[-1] = float(stop())
-    parallel.mean_(sums)
-    if float(sums[-1]) > 0.0:
-        updater.zero_grad()
-        return StepResult(math.nan, math.nan, math.nan, skipped=True, stop=True, seconds=clock.seconds)
-    parallel.average_gradients(updater.parameters())
-    finite = bool(torch.isfinite(sums).all())
-    update = updater.step(hyper, grad_scale=scaler.value(), skip=not finite)
-    if not update.skipped:
-        method.update_center(sums[:-4])
-    if scaler.enabled:
-        scaler.update(update.skipped)
-    loss, entropy, kl = sums[-4:-1].tolist()
-    clock.lap("update")
-    return StepResult(loss, entropy, kl, update.skipped, False, clock.seconds)
+        numbers = [x.detach().float() for x in (out.loss, out.teacher_entropy, out.kl)]
+        tail = torch.stack([*numbers, torch.zeros_like(numbers[0])])
+        return out.loss, torch.cat([out.batch_center.float(), tail])
 
+    def backward(self, loss: Tensor, summand: Tensor) -> None:
+        (loss * self.scaler.scale if self.scaler.enabled else loss).backward()
+        self.sums += summand
 
-def _row(center: Tensor, *scalars: Tensor) -> Tensor:
-    """``[center, scalars..., 0]`` in fp32."""
-    tail = torch.stack(
-        [s.detach().float() for s in scalars] + [scalars[0].new_zeros((), dtype=torch.float32)]
-    )
-    return torch.cat([center.float(), tail])
+    def reduce(self) -> None:
+        """Add up over processes; the gradients first, as backward has begun to."""
+        if self.reducer is not None:
+            self.reducer.finish()
+        parallel.sum_(self.sums)
+
+    def update(self) -> None:
+        """Student, optimizer, teacher, center and loss scale, unless anything is not finite; the row."""
+        parts = self.accumulate * parallel.size()
+        means = self.sums / parts
+        stopped = self.sums[-1] > 0
+        refused = stopped | ~torch.isfinite(means).all()
+        # what one process has not averaged over, the update divides by
+        parts = parts if self.reducer is not None else self.accumulate
+        scale = self.scaler.scale * parts if self.scaler.enabled else float(parts)
+        found_inf = self.updater.step(self.scalars, grad_scale=scale, skip=refused)
+        skipped = refused | found_inf
+        self.method.update_center(means[:-4], skipped)
+        self.scaler.update(skipped, stopped)
+        flags = torch.stack([skipped.float(), stopped.float(), self.scaler.scale])
+        self.row.copy_(torch.cat([means[-4:-1], flags]))

@@ -13,6 +13,7 @@ import math
 import signal
 import time
 import traceback
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cached_property
@@ -28,14 +29,13 @@ from fastdino.data.loader import MultiCropLoader, wants_cache
 from fastdino.data.manifest import Manifest, build_manifest
 from fastdino.data.prescan import prescan
 from fastdino.data.preview import contact_sheet
-from fastdino.engine import checkpoint, parallel
+from fastdino.engine import checkpoint, parallel, rows
+from fastdino.engine.build import build
 from fastdino.engine.logs import Curves, Screen, append_line, environment, keep_lines, write_text
+from fastdino.engine.metrics import StepResult
 from fastdino.engine.monitor import Monitor
-from fastdino.engine.optim import Updater
-from fastdino.engine.schedules import Schedule
-from fastdino.engine.step import Clock, Scaler, StepResult, train_step
+from fastdino.engine.schedules import Hyper, Schedule
 from fastdino.evaluation.features import available_cores
-from fastdino.methods.dino import DINO
 from fastdino.report import write_report
 
 _PHASES = ("data", "forward", "backward", "update")
@@ -49,18 +49,6 @@ class _Interrupted(Exception):
     """A signal came during an evaluation."""
 
 
-def compute_dtype(config: Config, device: torch.device) -> torch.dtype:
-    """The type GEMMs run in: ``--precision``, or what the hardware is best at."""
-    choice = config.optim.precision
-    if not config.optim.use_fp16:
-        return torch.float32
-    if choice != "auto":
-        return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[choice]
-    if device.type == "cuda":
-        return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16
-    return torch.bfloat16 if torch.cpu._is_avx512_bf16_supported() else torch.float32
-
-
 class Trainer:
     """One training run in ``config.run.output_dir``. ``Trainer(config).fit()`` is all there is to it."""
 
@@ -69,7 +57,6 @@ class Trainer:
         self.world = parallel.start(config.run.device)
         self.global_batch, self.micro_batch, self.accumulate = split_batch(config, self.world.size)
         self.output = Path(config.run.output_dir)
-        self.dtype = compute_dtype(config, self.world.device)
         self.signal = 0
 
         self.manifest = self._open_data()
@@ -85,12 +72,11 @@ class Trainer:
             self._clean_held_out,
         )
 
-        torch.manual_seed(config.run.seed)
-        self.method = DINO(config).to(self.world.device)
-        self._synchronise_batch_norm()
-        self.updater = Updater(self.method.student, self.method.teacher, config.optim)
-        self.scaler = Scaler(enabled=self.dtype == torch.float16)
-        self.step = 0
+        self.engine = build(config, self.world, accumulate=self.accumulate)
+        self.method, self.dtype = self.engine.method, self.engine.dtype
+        self.saver = checkpoint.Saver(self.checkpoints)
+        self.step = 0  # steps that were begun
+        self.read = 0  # steps whose results are known; on a GPU a little behind
         self.counters = {"bad_steps": 0, "bad_in_a_row": 0}
         # Over the good steps of this epoch: loss, teacher_entropy, kl; and their number.
         self.sums: dict[str, float] = {}
@@ -140,16 +126,6 @@ class Trainer:
 
     def _data_threads(self) -> int:
         return max(1, min(self.config.data.num_workers, available_cores()))
-
-    def _synchronise_batch_norm(self) -> None:
-        """Batch statistics over all processes, as in the official code."""
-        if self.world.size == 1 or not self.config.model.use_bn_in_head:
-            return
-        if self.world.device.type != "cuda":
-            raise ValueError(
-                "--use_bn_in_head: several processes need GPUs (synchronised batch norm has no CPU form)"
-            )
-        self.method = torch.nn.SyncBatchNorm.convert_sync_batchnorm(self.method)
 
     @property
     def checkpoints(self) -> Path:
@@ -205,11 +181,11 @@ class Trainer:
                 f"{path} belongs to another run; use another --output_dir or --resume none.\n  "
                 + "\n  ".join(different)
             )
-        self.method.load_state_dict(model)
-        self.updater.load_state(optimizer)
-        self.step = meta["epoch"] * self.steps_per_epoch if imported else meta["step"]
+        self.engine.load_state(model)
+        self.engine.updater.load_state(optimizer)
+        self.step = self.read = meta["epoch"] * self.steps_per_epoch if imported else meta["step"]
         self.counters, self.sums = meta["counters"], meta["epoch_sums"]
-        self.scaler.scale, self.scaler.good_steps = meta["scaler"]["scale"], meta["scaler"]["good_steps"]
+        self.engine.step.scaler.load_state(meta["scaler"])
         self.resumed_from = path
 
     # -- the loop --------------------------------------------------------------------------------------------
@@ -246,7 +222,9 @@ class Trainer:
                     self._evaluate(screen, curves)
                     self._report(screen, final=self.step == self.total_steps)
                 self._loop(iter(loader), screen, curves)
+                self.saver.wait()
             except Stopped:
+                self.saver.wait()
                 parallel.stop()
                 raise
             finally:
@@ -259,43 +237,17 @@ class Trainer:
         run, window = self.config.run, _Window(self.global_batch)
         while self.step < self.total_steps:
             hyper, epoch = self.schedule(self.step), self.step // self.steps_per_epoch
-            reporting = (self.step + 1) % run.log_every == 0
             # stochastic depth draws from a function of (seed, step, rank): nothing to save
             torch.manual_seed((run.seed * 1_000_003 + self.step) * 65_537 + self.world.rank)
-            result = train_step(
-                self.method,
-                self.updater,
-                batches,
-                hyper,
-                accumulate=self.accumulate,
-                dtype=self.dtype,
-                scaler=self.scaler,
-                stop=lambda: self.signal != 0,
-                clock=Clock(self.world.device, exact=reporting),
-            )
-            if result.stop:
-                self._stop(screen)
+            self.engine.step.enqueue(batches, hyper, lambda: self.signal != 0)
             self.step += 1
-            self._count(result, screen)
-            window.add(result)
             epoch_ends = self.step % self.steps_per_epoch == 0
             finished = self.step == self.total_steps
-            if self.world.main and (reporting or finished):
-                record = {
-                    "step": self.step,
-                    "epoch": epoch,
-                    **{k: v for k, v in dataclasses.asdict(hyper).items() if k != "freeze_last_layer"},
-                    **window.take(),
-                    "bad_steps": self.counters["bad_steps"],
-                    "time": time.time(),
-                }
-                record["wd"] = record.pop("weight_decay")
-                append_line(self.output / "metrics.jsonl", record)
-                curves.add({k: v for k, v in record.items() if k not in ("step", "time")}, self.step)
-                screen.show(self.step, epoch, _line(record), self.global_batch / record["img_s"])
+            saves = epoch_ends or finished or (run.save_every > 0 and self.step % run.save_every == 0)
+            self._read(window, screen, curves, every=saves)
             if epoch_ends:
-                self._end_epoch(epoch, hyper.lr, hyper.weight_decay, screen)
-            if epoch_ends or finished or (run.save_every > 0 and self.step % run.save_every == 0):
+                self._end_epoch(epoch, hyper, screen)
+            if saves:
                 self._save(keep=finished or (epoch_ends and (epoch + 1) % max(run.saveckp_freq, 1) == 0))
             if self._evaluates_at(self.step):
                 paused = time.perf_counter()
@@ -304,6 +256,45 @@ class Trainer:
                 window.since += time.perf_counter() - paused
                 if parallel.any_of(self.signal != 0, self.world.device):
                     self._stop(screen)
+
+    def _read(self, window: _Window, screen: Screen, curves: Curves, *, every: bool) -> None:
+        """Count and log the steps whose results are due, or ``every`` one. All processes read the same
+        results after the same step, so they stop together.
+        """
+        for result in self.engine.step.ring.take(every=every):
+            if result.stop:
+                self._forget_unread()
+                self._stop(screen)
+            self.read += 1
+            window.add(result)
+            if self._is_last_straw(result, screen):
+                self._forget_unread()
+                self._save(keep=True)
+                raise Stopped(1)
+            due = self.read % self.config.run.log_every == 0 or self.read == self.total_steps
+            if due and self.world.main:
+                self._log(window, screen, curves)
+
+    def _forget_unread(self) -> None:
+        """The steps begun after the one read last do not count: a stop undid them, or the run ends anyway."""
+        for result in self.engine.step.ring.take(every=True):
+            self.read += not result.stop
+        self.step = self.read
+
+    def _log(self, window: _Window, screen: Screen, curves: Curves) -> None:
+        hyper, epoch = self.schedule(self.read - 1), (self.read - 1) // self.steps_per_epoch
+        record = {
+            "step": self.read,
+            "epoch": epoch,
+            **{k: v for k, v in dataclasses.asdict(hyper).items() if k != "freeze_last_layer"},
+            **window.take(),
+            "bad_steps": self.counters["bad_steps"],
+            "time": time.time(),
+        }
+        record["wd"] = record.pop("weight_decay")
+        append_line(self.output / "metrics.jsonl", record)
+        curves.add({k: v for k, v in record.items() if k not in ("step", "time")}, self.read)
+        screen.show(self.read, epoch, _line(record), self.global_batch / record["img_s"])
 
     def _evaluates_at(self, step: int) -> bool:
         epochs, rest = divmod(step, self.steps_per_epoch)
@@ -317,40 +308,40 @@ class Trainer:
         screen.say(f"stopped by {name} after step {self.step}; the same command continues from there")
         raise Stopped(128 + (self.signal or signal.SIGTERM))
 
-    def _count(self, result: StepResult, screen: Screen) -> None:
-        """Sum up a good step; count a bad one and stop after too many in a row."""
+    def _is_last_straw(self, result: StepResult, screen: Screen) -> bool:
+        """Sum up a good step, count a bad one; whether that was one too many in a row."""
         if not result.skipped:
             self.counters["bad_in_a_row"] = 0
             for key in ("loss", "teacher_entropy", "kl"):
                 self.sums[key] = self.sums.get(key, 0.0) + getattr(result, key)
             self.sums["steps"] = self.sums.get("steps", 0.0) + 1.0
-            return
-        if self.scaler.enabled and math.isfinite(result.loss) and self.scaler.scale > 1.0:
-            return  # fp16 gradients overflowed: the loss scale was halved, the run is healthy
+            return False
+        if self.engine.step.scaler.enabled and math.isfinite(result.loss) and result.scale > 1.0:
+            return False  # fp16 gradients overflowed: the loss scale was halved, the run is healthy
         self.counters["bad_steps"] += 1
         self.counters["bad_in_a_row"] += 1
         screen.say(
-            f"step {self.step}: loss {result.loss} or a gradient is not finite; "
+            f"step {self.read}: loss {result.loss} or a gradient is not finite; "
             "the step was skipped, nothing changed"
         )
-        if self.counters["bad_in_a_row"] >= self.config.optim.max_bad_steps:
-            self.counters["bad_in_a_row"] = 0
-            self._save(keep=True)
-            screen.say(
-                f"--max_bad_steps: {self.config.optim.max_bad_steps} bad steps in a row, the run stops. "
-                "The checkpoint holds the last good state. Likely causes: --lr too high, --precision fp16 "
-                "(try bf16 or fp32), --clip_grad 0, broken images."
-            )
-            raise Stopped(1)
+        if self.counters["bad_in_a_row"] < self.config.optim.max_bad_steps:
+            return False
+        self.counters["bad_in_a_row"] = 0
+        screen.say(
+            f"--max_bad_steps: {self.config.optim.max_bad_steps} bad steps in a row, the run stops. "
+            "The checkpoint holds the last good state. Likely causes: --lr too high, --precision fp16 "
+            "(try bf16 or fp32), --clip_grad 0, broken images."
+        )
+        return True
 
-    def _end_epoch(self, epoch: int, lr: float, weight_decay: float, screen: Screen) -> None:
+    def _end_epoch(self, epoch: int, hyper: Hyper, screen: Screen) -> None:
         """Write the official log line and warn of collapse."""
         steps = self.sums.get("steps", 0.0)
         if steps and self.world.main:
             mean = {k: self.sums[k] / steps for k in ("loss", "teacher_entropy", "kl")}
             append_line(
                 self.output / "log.txt",
-                {"train_loss": mean["loss"], "train_lr": lr, "train_wd": weight_decay}
+                {"train_loss": mean["loss"], "train_lr": hyper.lr, "train_wd": hyper.weight_decay}
                 | {"train_teacher_entropy": mean["teacher_entropy"], "train_kl": mean["kl"], "epoch": epoch},
             )
             highest = math.log(self.config.model.out_dim)
@@ -378,7 +369,8 @@ class Trainer:
         keep_lines(self.output / "log.txt", lambda r: r["epoch"] < self.step // self.steps_per_epoch)
         write_text(self.output / "config.yaml", config_to_yaml(self.config))
         facts = environment(self.world.size, self.world.device) | {
-            "precision": str(self.dtype).removeprefix("torch.")
+            "precision": str(self.dtype).removeprefix("torch."),
+            "attention": self.engine.attention,
         }
         facts |= {
             "images": len(self.manifest),
@@ -404,29 +396,34 @@ class Trainer:
             )
 
     def _save(self, *, keep: bool) -> None:
-        if self.world.main:
-            meta = {
-                "epoch": self.step // self.steps_per_epoch,
-                "steps_per_epoch": self.steps_per_epoch,
-                "config": config_to_dict(self.config),
-                "identity": self._identity,
-                "world_size": self.world.size,
-                "scaler": {"scale": self.scaler.scale, "good_steps": self.scaler.good_steps},
-                "counters": self.counters,
-                "epoch_sums": self.sums,
-                "keep": keep,
-            }
-            checkpoint.save(self.checkpoints, self.step, self.method.state_dict(), self.updater.state(), meta)
-            checkpoint.prune(self.checkpoints)
-        parallel.barrier()
+        """Begin a checkpoint; it is written while training goes on."""
+        meta = {
+            "epoch": self.step // self.steps_per_epoch,
+            "steps_per_epoch": self.steps_per_epoch,
+            "config": config_to_dict(self.config),
+            "identity": self._identity,
+            "world_size": self.world.size,
+            "scaler": self.engine.step.scaler.state(),
+            "counters": self.counters,
+            "epoch_sums": self.sums,
+            "keep": keep,
+        }
+        rank, writers = rows.writer(self.method)
+        attempt = str(parallel.broadcast_object(uuid.uuid4().hex[:8]))
+        if rank is not None:
+            state, optimizer = self.engine.state(), self.engine.updater.state()
+            self.saver.start(
+                self.step, state, optimizer, meta, rank=rank, world_size=writers, attempt=attempt
+            )
 
     def _evaluate(self, screen: Screen, curves: Curves, *, baseline: bool = False) -> None:
         """k-NN of the teacher on rank 0, unless it is known; ``baseline`` adds raw pixels (the teacher is
         then the untrained network).
         """
-        if self.world.main and self.monitor.active and not self._evaluated():
+        backbone = self.engine.teacher_backbone() if self.monitor.active else None
+        if backbone is not None and self.world.main and not self._evaluated():
             try:
-                scores = self.monitor.knn(self.method.teacher.backbone, self._interruptible)
+                scores = self.monitor.knn(backbone, self._interruptible)
                 raw = self.monitor.raw_pixels() if baseline else None
             except _Interrupted:
                 screen.say("evaluation interrupted")
@@ -462,11 +459,10 @@ class Trainer:
             raise _Interrupted
 
     def _report(self, screen: Screen, *, final: bool) -> None:
-        if self.world.main and self.config.run.report:
+        backbone = self.engine.teacher_backbone() if self.config.run.report else None
+        if backbone is not None and self.world.main:
             try:
-                path = write_report(
-                    self.output, backbone=self.method.teacher.backbone, image_paths=self.monitor.pictures(8)
-                )
+                path = write_report(self.output, backbone=backbone, image_paths=self.monitor.pictures(8))
                 screen.say(f"report: {path}")
             except Exception:
                 if final:

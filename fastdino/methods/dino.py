@@ -45,7 +45,7 @@ class DINO(nn.Module):
         global_crops: Tensor,
         local_crops: Tensor | None,
         *,
-        teacher_temp: float,
+        teacher_temp: float | Tensor,
         freeze_last_layer: bool,
     ) -> LossOutput:
         """Loss of ``global_crops`` [2B, C, H, W] and ``local_crops`` [N*B, C, h, w], both view-major.
@@ -53,11 +53,9 @@ class DINO(nn.Module):
         While the last layer is frozen its gradient is not even computed: no gradient means no optimizer step
         for it."""
         with torch.no_grad():
-            teacher_z = self.teacher([global_crops])  # [2B, D]
-            teacher_weight = self.teacher.head.weight()  # [K, D]
+            teacher_z, teacher_weight = self.teacher([global_crops])  # [2B, D], [K, D]
         views = [global_crops] if local_crops is None else [global_crops, local_crops]
-        student_z = self.student(views)  # [V*B, D]
-        student_weight = self.student.head.weight()  # [K, D]
+        student_z, student_weight = self.student(views)  # [V*B, D], [K, D]
         return LossOutput(
             *prototype_loss(
                 student_z,
@@ -71,6 +69,9 @@ class DINO(nn.Module):
         )
 
     @torch.no_grad()
-    def update_center(self, batch_center: Tensor) -> None:
-        """Equation 4: c <- m c + (1 - m) mean of the teacher's logits over the global batch."""
-        self.center.lerp_(batch_center.to(self.center.dtype), 1.0 - self.center_momentum)
+    def update_center(self, batch_center: Tensor, skip: Tensor) -> None:
+        """Equation 4: c <- m c + (1 - m) mean of the teacher's logits over the global batch; unless ``skip``
+        [] bool.
+        """
+        moved = self.center.lerp(batch_center.to(self.center.dtype), 1.0 - self.center_momentum)
+        self.center.copy_(torch.where(skip, self.center, moved))

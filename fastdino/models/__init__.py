@@ -32,9 +32,11 @@ class MultiCropModel(nn.Module):
         self.backbone = backbone
         self.head = head
 
-    def forward(self, crops: Tensor | Sequence[Tensor]) -> Tensor:
-        """Crops, [B, C, H, W] or a sequence of such -> bottleneck features [sum of B, D], see the head."""
-        return self.head.bottleneck(self.backbone(crops))
+    def forward(self, crops: Tensor | Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        """Crops, [B, C, H, W] or a sequence of such -> bottleneck features [sum of B, D] and prototypes
+        [K, D], whose products are the logits, see the head.
+        """
+        return self.head.bottleneck(self.backbone(crops)), self.head.weight()
 
 
 def build_backbone(

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from fastdino_kernels import normalize_weight
 from torch import Tensor, nn
 
+from fastdino.models.linear import Linear
 from fastdino.models.vit import init_linear
 
 ACTIVATIONS: dict[str, type[nn.Module]] = {"gelu": nn.GELU, "relu": nn.ReLU}
@@ -25,8 +26,8 @@ class WeightNormLinear(nn.Module):
         self.weight_g = nn.Parameter(torch.ones(out_dim, 1))
         self.weight_v = nn.Parameter(nn.Linear(in_dim, out_dim, bias=False).weight.detach())
 
-    def weight(self) -> Tensor:
-        """W [K, in_dim]; in bf16 under CPU autocast, where that is the type its products run in."""
+    def forward(self) -> Tensor:
+        """W [K, in_dim]; in 16 bits under autocast, where that is the type its products run in."""
         return normalize_weight(self.weight_v, self.weight_g)
 
 
@@ -64,13 +65,13 @@ class DINOHead(nn.Module):
         layers: list[nn.Module] = []
         width = in_dim
         for _ in range(nlayers - 1):
-            layers.append(nn.Linear(width, hidden_dim))
+            layers.append(Linear(width, hidden_dim))
             if use_bn:
                 layers.append(nn.BatchNorm1d(hidden_dim))
             layers.append(ACTIVATIONS[act]())
             width = hidden_dim
         if bottleneck_dim:
-            layers.append(nn.Linear(width, bottleneck_dim))
+            layers.append(Linear(width, bottleneck_dim))
         # A single linear layer is not wrapped: its official parameter names are mlp.weight and mlp.bias.
         self.mlp = layers[0] if len(layers) == 1 else nn.Sequential(*layers)
         self.last_layer: nn.Linear | WeightNormLinear
@@ -97,7 +98,7 @@ class DINOHead(nn.Module):
     def weight(self) -> Tensor:
         """Effective prototypes [out_dim, D]: ``forward(x) == bottleneck(x) @ weight().T``."""
         if isinstance(self.last_layer, WeightNormLinear):
-            return self.last_layer.weight()
+            return self.last_layer()
         return torch.cat((self.last_layer.weight, self.last_layer.bias[:, None]), dim=1)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -9,15 +9,38 @@ per resolution (see ``attention.py``).
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from fastdino.config import ARCHITECTURES, ConfigError
-from fastdino.models.attention import Groups, attention, attention_map, cls_attention, join, split_groups
+from fastdino.models.attention import (
+    BACKENDS,
+    Groups,
+    Packing,
+    attention,
+    attention_map,
+    cls_attention,
+    join,
+    pack,
+)
+from fastdino.models.linear import Linear, compute_dtype, gelu_linear, linear, norm_linear
+from fastdino.models.stochastic_depth import (
+    NOTHING,
+    Drop,
+    Kept,
+    add_branch,
+    branch_input,
+    cls_rows,
+    draw,
+    first_rows,
+)
+
+CHECKPOINTING = ("none", "selective", "full")
 
 
 class PatchEmbed(nn.Module):
@@ -28,49 +51,66 @@ class PatchEmbed(nn.Module):
         self.patch_size = patch_size
         self.num_patches = (img_size // patch_size) ** 2
         self.proj = nn.Conv2d(in_chans, embed_dim, kernel_size=patch_size, stride=patch_size)
+        self.proj.register_buffer("low_precision", None, persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        """[B, C, H, W] -> [B, (H//P)*(W//P), D]; pixels beyond the last whole patch are ignored."""
+        """[B, C, H, W] -> [B, (H//P)*(W//P), D]; pixels beyond the last whole patch are ignored.
+
+        The images are copied once, into rows of patches in the type of the product; for channels-last images
+        the weight follows their order.
+        """
         batch, chans, height, width = x.shape
         p = self.patch_size
         h, w = height // p, width // p
-        x = x[:, :, : h * p, : w * p].reshape(batch, chans, h, p, w, p)
-        patches = x.permute(0, 2, 4, 1, 3, 5).reshape(batch, h * w, chans * p * p)
-        return F.linear(patches, self.proj.weight.flatten(1), self.proj.bias)
+        x = x[:, :, : h * p, : w * p]
+        weight, low = self.proj.weight, self.proj._buffers["low_precision"]
+        if x.stride(1) == 1:
+            patches = x.permute(0, 2, 3, 1).reshape(batch, h, p, w, p * chans).transpose(2, 3)
+            weight, low = weight.permute(0, 2, 3, 1), None if low is None else low.permute(0, 2, 3, 1)
+        else:
+            patches = x.reshape(batch, chans, h, p, w, p).permute(0, 2, 4, 1, 3, 5)
+        rows = patches.to(compute_dtype(x), memory_format=torch.contiguous_format)
+        rows = rows.reshape(batch * h * w, p * p * chans)
+        low = None if low is None else low.flatten(1)
+        return linear(rows, weight.flatten(1), self.proj.bias, low).view(batch, h * w, -1)
 
 
 class Attention(nn.Module):
     def __init__(self, dim: int, num_heads: int) -> None:
         super().__init__()
         self.num_heads = num_heads
-        self.qkv = nn.Linear(dim, 3 * dim)
-        self.proj = nn.Linear(dim, dim)
+        self.qkv = Linear(dim, 3 * dim)
+        self.proj = Linear(dim, dim)
 
-    def forward(self, x: Tensor, groups: Groups) -> Tensor:
-        """[T, D] -> [T, D]."""
-        return self.proj(attention(self.qkv(x), groups, self.num_heads))
-
-    def forward_cls(self, x: Tensor, groups: Groups) -> Tensor:
-        """[T, D] -> [crops, D]: the rows of :meth:`forward` that belong to the [CLS] tokens."""
+    def forward(self, x: Tensor, norm: nn.LayerNorm, packing: Packing, cls_only: bool) -> Tensor:
+        """Attention of the normed rows, [T, D] -> [T, D]; with ``cls_only`` its [CLS] rows, [crops, D]."""
+        if not cls_only:
+            return self.proj(attention(norm_linear(x, norm, self.qkv), packing, self.num_heads))
         dim = x.shape[1]
-        weight, bias = self.qkv.weight, self.qkv.bias
-        q = F.linear(cls_rows(x, groups), weight[:dim], bias[:dim])
-        kv = F.linear(x, weight[dim:], bias[dim:])
-        return self.proj(cls_attention(q, kv, groups, self.num_heads))
+        q = norm_linear(cls_rows(x, packing.groups), norm, self.qkv, slice(dim))
+        kv = norm_linear(x, norm, self.qkv, slice(dim, None))
+        return self.proj(cls_attention(q, kv, packing, self.num_heads))
 
 
 class Mlp(nn.Module):
     def __init__(self, dim: int, hidden_dim: int) -> None:
         super().__init__()
-        self.fc1 = nn.Linear(dim, hidden_dim)
-        self.fc2 = nn.Linear(hidden_dim, dim)
+        self.fc1 = Linear(dim, hidden_dim)
+        self.fc2 = Linear(hidden_dim, dim)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(F.gelu(self.fc1(x)))
+    def forward(self, x: Tensor, norm: nn.LayerNorm) -> Tensor:
+        """The normed rows through two layers, [T, D] -> [T, D]."""
+        return gelu_linear(norm_linear(x, norm, self.fc1), self.fc2)
 
 
 class Block(nn.Module):
-    """Pre-norm Transformer block on packed tokens."""
+    """Pre-norm Transformer block on packed tokens.
+
+    Bytes kept for the backward pass per token and channel, in 16 bits with an fp32 residual stream: inputs
+    of the norms 4 + 4, q, k and v 6, attention's output 2, the MLP's hidden layer before GELU 8: 24 in all.
+    Norms and GELU are recomputed. ``checkpointing`` "selective" recomputes the hidden layer too, a third of
+    the products' work in a forward pass, and keeps 16; "full" recomputes the block and keeps 4.
+    """
 
     def __init__(self, dim: int, num_heads: int, mlp_ratio: float) -> None:
         super().__init__()
@@ -80,23 +120,37 @@ class Block(nn.Module):
         self.mlp = Mlp(dim, int(dim * mlp_ratio))
 
     def forward(
-        self, x: Tensor, groups: Groups, drop: Tensor | None = None, cls_only: bool = False
+        self,
+        x: Tensor,
+        packing: Packing,
+        drops: tuple[Drop, Drop] = NOTHING,
+        cls_only: bool = False,
+        checkpointing: str = "none",
+        body: Callable[..., Tensor] | None = None,
     ) -> Tensor:
         """[T, D] -> [T, D], or the [CLS] rows alone, [crops, D], with ``cls_only``.
 
-        ``drop`` [T, 2] scales the rows of the two residual branches (stochastic depth), none changes nothing.
+        ``drops`` says what stochastic depth does to the two branches; ``body`` is a compiled :meth:`body`.
         """
+        body = Block.body if body is None else body
+        checkpointing = checkpointing if torch.is_grad_enabled() else "none"
+        if checkpointing == "full":
+            return recompute(body, self, x, packing, drops, cls_only, False)
+        return body(self, x, packing, drops, cls_only, checkpointing == "selective")
+
+    def body(
+        self, x: Tensor, packing: Packing, drops: tuple[Drop, Drop], cls_only: bool, selective: bool
+    ) -> Tensor:
+        first, second = drops
+        inner = first.packing if isinstance(first, Kept) else packing
+        y = self.attn(branch_input(x, first), self.norm1, inner, cls_only)
         if cls_only:
-            y = self.attn.forward_cls(self.norm1(x), groups)
-            x = cls_rows(x, groups)
-            drop = None if drop is None else cls_rows(drop, groups)
-        else:
-            y = self.attn(self.norm1(x), groups)
-        if drop is None:
-            x = x + y
-            return x + self.mlp(self.norm2(x))
-        x = torch.addcmul(x, y, drop[:, :1])
-        return torch.addcmul(x, self.mlp(self.norm2(x)), drop[:, 1:])
+            x = cls_rows(x, packing.groups)
+            first, second = first_rows(first, packing.groups), first_rows(second, packing.groups)
+        x = add_branch(x, y, first)
+        rows = branch_input(x, second)
+        y = recompute(self.mlp, rows, self.norm2) if selective else self.mlp(rows, self.norm2)
+        return add_branch(x, y, second)
 
 
 class VisionTransformer(nn.Module):
@@ -136,6 +190,9 @@ class VisionTransformer(nn.Module):
         self.depth = depth
         self.num_heads = num_heads
         self.drop_path_rate = drop_path_rate
+        self.attention = "sdpa"
+        self._checkpointing = "none"
+        self._body: Callable[..., Tensor] | None = None
         self.patch_embed = PatchEmbed(img_size, patch_size, in_chans, embed_dim)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
         self.pos_embed = nn.Parameter(torch.zeros(1, self.patch_embed.num_patches + 1, embed_dim))
@@ -152,36 +209,78 @@ class VisionTransformer(nn.Module):
         ``x`` is one batch of images [B, C, H, W] -> [B, D], or a sequence of batches of possibly different
         resolutions, whose features are returned one after another: [sum of B, D].
         """
-        tokens, groups = self.prepare_tokens([x] if isinstance(x, Tensor) else x)
-        drop = self._drop_scales(tokens, groups)
+        tokens, packing = self._start([x] if isinstance(x, Tensor) else x)
+        drops = self._drops(tokens, packing)
         *blocks, last = self.blocks
-        for i, block in enumerate(blocks):
-            tokens = block(tokens, groups, drop[i])
+        how: dict[str, Any] = dict(
+            checkpointing=self.checkpointing, body=self._body if self.training else None
+        )
+        for block, pair in zip(blocks, drops[:-1], strict=True):
+            tokens = block(tokens, packing, pair, **how)
         # Nothing but the [CLS] rows leaves the last block, so it computes no others.
-        return self.norm(last(tokens, groups, drop[-1], cls_only=True))
+        return self.norm(last(tokens, packing, drops[-1], cls_only=True, **how))
 
     def get_intermediate_layers(self, x: Tensor, n: int = 1) -> list[Tensor]:
         """Images [B, C, H, W] -> normalised tokens [B, 1+N, D] of the last ``n`` blocks, deepest last."""
         if not 1 <= n <= self.depth:
             raise ValueError(f"n must be between 1 and the number of blocks ({self.depth}), got {n}")
-        tokens, groups = self.prepare_tokens([x])
-        drop = self._drop_scales(tokens, groups)
+        tokens, packing = self._start([x])
         outputs = []
-        for i, block in enumerate(self.blocks):
-            tokens = block(tokens, groups, drop[i])
+        for i, (block, pair) in enumerate(zip(self.blocks, self._drops(tokens, packing), strict=True)):
+            tokens = block(tokens, packing, pair)
             if self.depth - i <= n:
-                outputs.append(self.norm(tokens).view(*groups[0], self.embed_dim))
+                outputs.append(self.norm(tokens).view(*packing.groups[0], self.embed_dim))
         return outputs
 
     def get_last_selfattention(self, x: Tensor) -> Tensor:
         """Images [B, C, H, W] -> attention of the last block [B, heads, 1+N, 1+N]; row 0 is [CLS]."""
-        tokens, groups = self.prepare_tokens([x])
-        drop = self._drop_scales(tokens, groups)
+        tokens, packing = self._start([x])
+        drops = self._drops(tokens, packing)
         *blocks, last = self.blocks
-        for i, block in enumerate(blocks):
-            tokens = block(tokens, groups, drop[i])
+        for block, pair in zip(blocks, drops[:-1], strict=True):
+            tokens = block(tokens, packing, pair)
         assert isinstance(last, Block)
-        return attention_map(last.attn.qkv(last.norm1(tokens)), len(x), self.num_heads)
+        return attention_map(norm_linear(tokens, last.norm1, last.attn.qkv), len(x), self.num_heads)
+
+    def set_attention(self, backend: str) -> None:
+        """Compute attention with ``backend``, as ``resolve_attention`` returns it; sdpa from the start."""
+        if backend not in BACKENDS:
+            raise ValueError(f"backend: expected one of {', '.join(BACKENDS)}, got {backend!r}")
+        self.attention = backend
+
+    @property
+    def checkpointing(self) -> str:
+        """What the blocks recompute in the backward pass instead of keeping it, see :class:`Block`."""
+        return self._checkpointing
+
+    @checkpointing.setter
+    def checkpointing(self, value: str) -> None:
+        if value not in CHECKPOINTING:
+            raise ValueError(f"checkpointing: expected one of {', '.join(CHECKPOINTING)}, got {value!r}")
+        self._checkpointing = value
+
+    def compile_blocks(self, backend: str = "inductor") -> None:
+        """Compile the blocks for the passes of a training step, those of :meth:`forward` in training mode.
+
+        All blocks, also of another model, share one graph per kind of pass: with and without gradients, all
+        tokens and [CLS] alone, and every number of crops that stochastic depth keeps. Shapes are static;
+        evaluation, with its many shapes, stays eager. Changes settings of torch.compile for the process: more
+        graphs per function, and in the backward pass what comes before a product may be recomputed.
+        """
+        if self.attention == "xformers":
+            raise ConfigError(
+                "compile", "expected another --attention than xformers, whose masks do not trace"
+            )
+        from torch._dynamo import config as dynamo
+        from torch._functorch import config as functorch
+
+        dynamo.recompile_limit = max(dynamo.recompile_limit, 8 * self.depth)
+        functorch.ban_recompute_materialized_backward = False
+        self._body = torch.compile(Block.body, backend=backend, fullgraph=True, dynamic=False)
+
+    def _start(self, crops: Sequence[Tensor]) -> tuple[Tensor, Packing]:
+        tokens, groups = self.prepare_tokens(crops)
+        return tokens, pack(groups, self.attention, tokens.device, compute_dtype(tokens))
 
     def prepare_tokens(self, crops: Sequence[Tensor]) -> tuple[Tensor, Groups]:
         """Patch tokens with [CLS] and positions, all crops in one matrix [T, D], and the groups they form."""
@@ -230,22 +329,16 @@ class VisionTransformer(nn.Module):
             size = f"{x.shape[2]} x {x.shape[3]} pixels"
             raise ValueError(f"images must hold at least one patch of {self.patch_size} pixels, got {size}")
 
-    def _drop_scales(self, tokens: Tensor, groups: Groups) -> Sequence[Tensor | None]:
-        """Per block [T, 2]: 0 in the rows of a crop whose residual branch is dropped, else 1 / (1 - rate)."""
+    def _drops(self, tokens: Tensor, packing: Packing) -> list[tuple[Drop, Drop]]:
         if not self.training or self.drop_path_rate == 0.0:
-            return [None] * self.depth
-        rates = torch.linspace(0, self.drop_path_rate, self.depth, dtype=tokens.dtype, device=tokens.device)
-        draws = torch.rand(self.depth, sum(crops for crops, _ in groups), 2, device=tokens.device)
-        scales = (draws >= rates[:, None, None]) / (1 - rates)[:, None, None]  # [depth, crops, 2]
-        parts = zip(scales.split([crops for crops, _ in groups], dim=1), groups, strict=True)
-        repeated = [part[:, :, None].expand(-1, -1, n, -1).flatten(1, 2) for part, (_, n) in parts]
-        return join(repeated, dim=1).unbind(0)
+            return [NOTHING] * self.depth
+        return draw(self.drop_path_rate, self.depth, tokens, packing)
 
 
-def cls_rows(x: Tensor, groups: Groups) -> Tensor:
-    """[T, D] -> [crops, D]: the first token of every crop."""
-    parts = zip(split_groups(x, groups), groups, strict=True)
-    return join([part.view(*group, -1)[:, 0] for part, group in parts])
+def recompute(function: Callable[..., Tensor], *args: Any) -> Tensor:
+    """``function(*args)``, of which only the arguments are kept; it draws no random numbers."""
+    # Saving the generator's state would stop a GPU, and a CUDA graph could not be captured.
+    return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=False)
 
 
 def init_linear(module: nn.Module) -> None:

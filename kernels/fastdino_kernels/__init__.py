@@ -4,7 +4,7 @@ from .adamw_ema import AdamWEMA, AdamWGroup, AdamWScalars, adamw_ema_step_
 from .backend import backend, set_backend
 from .centered_softmax import centered_softmax
 from .dino_loss import dino_loss
-from .ema import clip_grad_per_tensor_, ema_update_
+from .ema import clip_grad_per_tensor_, ema_update_, grad_square_sums
 from .info_nce import info_nce
 from .lamb import LAMB
 from .lars import LARS
@@ -36,6 +36,7 @@ __all__ = [
     "clip_grad_per_tensor_",
     "dino_loss",
     "ema_update_",
+    "grad_square_sums",
     "info_nce",
     "match_regions",
     "multicrop",

@@ -124,16 +124,48 @@ def grad_norms(grads: Sequence[Tensor | None], grad_scale: float | Tensor = 1.0)
     return _norms(grads, grad_scale, None)
 
 
+@torch.no_grad()
+def grad_square_sums(grads: Sequence[Tensor | None]) -> Tensor:
+    """Sum of the squares of each gradient, in double: fp64 [n] beside the gradients, 0 for None.
+
+    Of a model in shards these sums add up over the processes: with their total ``s``, ``s.sqrt() /
+    grad_scale`` are the ``norms`` for the ``step`` of :class:`~fastdino_kernels.AdamWEMA`. A sum is NaN or
+    infinite exactly if an element of its gradient is. On a GPU the host waits for nothing.
+
+    Raises: ValueError for gradients on several devices."""
+    present, kind = _present(grads)
+    if not present:
+        return torch.zeros(len(grads), dtype=torch.float64)
+    device = present[0].device
+    if kind != "triton" and device.type == "cpu":
+        return torch.tensor(host_norms(grads), dtype=torch.float64).square()
+    fast = [kind == "triton" and g is not None and is_plain(g, g, DTYPES) for g in grads]
+    quick = [g for f, g in zip(fast, grads, strict=True) if f and g is not None]
+    others = [reference.norm(g, device).square() for f, g in zip(fast, grads, strict=True) if not f]
+    if not quick:
+        return torch.stack(others)
+    from .gpu import ema as gpu
+
+    sums = gpu.grad_square_sums(quick)
+    return torch.stack(merged(fast, sums.unbind(), others)) if others else sums
+
+
+def _present(grads: Sequence[Tensor | None]) -> tuple[list[Tensor], str]:
+    """The gradients that there are, and the backend for them."""
+    present = [g for g in grads if g is not None]
+    if len({g.get_device() for g in present}) > 1:
+        raise ValueError("grads: expected all on one device, got several")
+    first = next((g for g in present if g.dtype in DTYPES), present[0] if present else None)
+    return present, "reference" if first is None else resolve(first)
+
+
 def _norms(grads: Sequence[Tensor | None], grad_scale: float | Tensor, max_norm: float | None) -> Tensor:
     """Norms of unscaled gradients; with ``max_norm`` the gradients are unscaled and clipped."""
-    present = [g for g in grads if g is not None]
+    present, kind = _present(grads)
     if not present:
         return torch.zeros(len(grads))
-    if len({g.get_device() for g in present}) > 1:
-        raise ValueError("params: expected all gradients on one device, got several")
-    first = next((g for g in present if g.dtype in DTYPES), present[0])
-    kind = resolve(first)
-    if kind != "triton" and first.device.type == "cpu":
+    device = present[0].device
+    if kind != "triton" and device.type == "cpu":
         scale = float(grad_scale)
         norms = [norm / scale for norm in host_norms(grads)]
         if max_norm is not None:
@@ -145,7 +177,7 @@ def _norms(grads: Sequence[Tensor | None], grad_scale: float | Tensor, max_norm:
     fast = [kind == "triton" and g is not None and is_plain(g, g, DTYPES) for g in grads]
     quick = [g for f, g in zip(fast, grads, strict=True) if f and g is not None]
     slow = [g for f, g in zip(fast, grads, strict=True) if not f]
-    others = [reference.norm(g, first.device) / grad_scale for g in slow]
+    others = [reference.norm(g, device) / grad_scale for g in slow]
     if max_norm is not None:
         for grad, other in zip(slow, others, strict=True):
             if grad is not None:

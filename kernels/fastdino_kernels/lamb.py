@@ -144,6 +144,10 @@ class LAMB(FusedOptimizer):
             params, defaults, teacher_params, extra_ema, low_precision_params, low_precision_teacher
         )
 
+    @property
+    def _scales_layers(self) -> bool:
+        return True
+
     def _hyper(self, group: dict[str, Any]) -> LAMBGroup:
         return LAMBGroup(group["lr"], group["weight_decay"], group["betas"], group["eps"])
 

@@ -5,8 +5,10 @@ For every tensor, with ``c`` and ``g`` as in :mod:`~fastdino_kernels.adamw_ema`:
     u = c g + wd p,   r = eta |p| / |u|  (1 where that is 0 or not finite);   for one dimension u = c g, r = 1
     b <- momentum b + r u,   p <- p - lr b,   t <- mu t + (1 - mu) p
 
+Without eta, ``u = c g + wd p`` and ``r = 1`` for all tensors: SGD with momentum, as ``torch.optim.SGD``.
+
 ``|u|^2 = c^2 g.g + 2 c wd g.p + wd^2 p.p``: one pass finds the three sums, in double, and NaN and infinity;
-the other writes. Together 28 bytes per fp32 parameter, 36 with a teacher.
+the other writes. Together 28 bytes per fp32 parameter, 36 with a teacher; 24 and 32 without eta.
 """
 
 from __future__ import annotations
@@ -30,7 +32,7 @@ class LARSGroup(NamedTuple):
     lr: float | Tensor
     weight_decay: float | Tensor
     momentum: float
-    eta: float
+    eta: float | None  # None: no layer-wise scaling
 
 
 class _LARS(Rule):
@@ -39,6 +41,8 @@ class _LARS(Rule):
         self._sums: list[float] = []  # g.g, g.p, p.p of each row that was measured
 
     def measure(self, rows: Sequence[Row]) -> list[float]:
+        if not scales_layers(row.group for row in rows):
+            return super().measure(rows)
         sums = (ctypes.c_double * (3 * len(rows)))()
         if rows:
             arrays = (pointers([row.param for row in rows]), pointers([row.grad for row in rows]))
@@ -49,11 +53,11 @@ class _LARS(Rule):
     def cpu(self, rows: Sequence[Row], factors: Sequence[float], common: Common) -> None:
         scalars: list[float] = []  # four per tensor, as fdk_lars reads them
         for i, (row, c) in enumerate(zip(rows, factors, strict=True)):
-            gg, gp, pp = self._sums[3 * i : 3 * i + 3]
             decay, ratio = float(row.group.weight_decay), 1.0
-            if row.param.ndim == 1:
+            if row.group.eta is not None and row.param.ndim == 1:
                 decay = 0.0
-            else:
+            elif row.group.eta is not None:
+                gg, gp, pp = self._sums[3 * i : 3 * i + 3]
                 square = c * c * gg + 2 * c * decay * gp + decay * decay * pp
                 scale = row.group.eta * math.sqrt(pp / square) if square > 0 else math.inf
                 ratio = scale if 0 < scale < math.inf else 1.0
@@ -82,16 +86,25 @@ class _LARS(Rule):
         )
 
 
+def scales_layers(groups: Iterable[LARSGroup]) -> bool:
+    """Whether some tensor's update depends on norms besides that of its gradient."""
+    return any(group.eta is not None for group in groups)
+
+
 class LARS(FusedOptimizer):
     """SGD with momentum whose update of each matrix is scaled by ``eta |p| / |g + wd p|``.
 
     Parameters with one dimension (biases, norms) are neither decayed nor scaled. A norm of 0 means a scale of
     1. One without a gradient is left alone, except that its teacher follows it.
 
+    With ``eta=None`` nothing is scaled and all parameters of a group are decayed alike: this is
+    ``torch.optim.SGD`` with momentum, fused.
+
     Args:
         params: student parameters or groups; a group's ``lr`` and ``weight_decay`` are read anew at each
             step and may be 0-dim tensors beside the parameters.
         momentum: of the gradients; that of the teacher is an argument of :meth:`step`.
+        eta: the trust coefficient, or None.
         max_grad_norm: largest norm of each tensor's gradient; 0 switches clipping off.
         teacher_params, extra_ema, low_precision_params, low_precision_teacher: as in
             :class:`~fastdino_kernels.AdamWEMA`.
@@ -107,20 +120,25 @@ class LARS(FusedOptimizer):
         weight_decay: float | Tensor = 0.0,
         *,
         momentum: float = 0.9,
-        eta: float = 0.001,
+        eta: float | None = 0.001,
         max_grad_norm: float = 0.0,
         teacher_params: Sequence[Tensor | None] | None = None,
         extra_ema: Sequence[tuple[Tensor, Tensor]] = (),
         low_precision_params: Sequence[Tensor | None] | None = None,
         low_precision_teacher: Sequence[Tensor | None] | None = None,
     ) -> None:
-        numbers = dict(lr=lr, weight_decay=weight_decay, momentum=momentum, eta=eta)
-        for name, value in (*numbers.items(), ("max_grad_norm", max_grad_norm)):
-            check_number(name, value)
+        defaults = dict(lr=lr, weight_decay=weight_decay, momentum=momentum, eta=eta)
+        for name, value in (*defaults.items(), ("max_grad_norm", max_grad_norm)):
+            if value is not None:
+                check_number(name, value)
         self._rule = _LARS(max_grad_norm)
         super().__init__(
-            params, numbers, teacher_params, extra_ema, low_precision_params, low_precision_teacher
+            params, defaults, teacher_params, extra_ema, low_precision_params, low_precision_teacher
         )
+
+    @property
+    def _scales_layers(self) -> bool:
+        return scales_layers(map(self._hyper, self.param_groups))
 
     def _hyper(self, group: dict[str, Any]) -> LARSGroup:
         return LARSGroup(group["lr"], group["weight_decay"], group["momentum"], group["eta"])

@@ -8,8 +8,8 @@ skipped, and how far a gradient is clipped, stays on the device.
 from __future__ import annotations
 
 import inspect
-import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import repeat
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -37,6 +37,7 @@ class Common(NamedTuple):
     momentum: float | Tensor  # of the teacher
     grad_scale: float | Tensor
     skip: bool | Tensor
+    norms: Tensor | None = None  # fp64, one per row: unscaled, measured by the caller
 
 
 class Row(NamedTuple):
@@ -53,7 +54,9 @@ class Row(NamedTuple):
 
 
 class Rule:
-    """One update rule; ``max_norm`` is the largest norm of each tensor's gradient, 0 for no clipping."""
+    """One update rule; ``max_norm`` is the largest norm of each tensor's gradient, 0 for no clipping.
+
+    With ``common.norms`` no gradient is measured: these decide about clipping and about refusal."""
 
     max_norm: float = 0.0
 
@@ -121,20 +124,26 @@ def _on_host(
 ) -> tuple[StepResult, bool]:
     """All rows but the teachers of those that are not fast; whether the step was skipped."""
     scale = float(common.grad_scale)
-    trained = [row.grad is not None for row in rows]
-    quick = [row for f, row in zip(fast, rows, strict=True) if f and row.grad is not None]
-    slow = [row for f, row in zip(fast, rows, strict=True) if not f and row.grad is not None]
-    measured = [norm / scale for norm in rule.measure(quick) + host_norms([row.grad for row in slow])]
-    found = not all(map(math.isfinite, measured))
-    of = merged(_where(trained, fast, True), measured[: len(quick)], measured[len(quick) :])
-    norms = torch.tensor(merged(trained, of, [0.0] * (len(rows) - len(of))), dtype=torch.float32)
-    result = StepResult(torch.tensor(found), norms)
+    kinds = [None if row.grad is None else f for f, row in zip(fast, rows, strict=True)]
+    quick, slow = _where(kinds, rows, True), _where(kinds, rows, False)
+    if common.norms is None:
+        of: dict[bool | None, Iterator[float]]
+        of = {
+            True: iter(rule.measure(quick)),
+            False: iter(host_norms([row.grad for row in slow])),
+            None: repeat(0.0),
+        }
+        norms = torch.tensor([next(of[kind]) / scale for kind in kinds], dtype=torch.float64)
+    else:
+        norms = common.norms
+    found = not norms.isfinite().all()
+    result = StepResult(torch.tensor(found), norms.float())
     if found or common.skip:
         return result, True
-    factors = (rule.factors(torch.tensor(measured, dtype=torch.float64)) / scale).tolist()
+    factors = (rule.factors(norms) / scale).tolist()
     if quick:
-        rule.cpu(quick, factors[: len(quick)], Common(float(common.momentum), scale, False))
-    for row, factor in zip(slow, factors[len(quick) :], strict=True):
+        rule.cpu(quick, _where(kinds, factors, True), Common(float(common.momentum), scale, False))
+    for row, factor in zip(slow, _where(kinds, factors, False), strict=True):
         rule.eager(row, factor, None)
     return result, False
 
@@ -148,9 +157,14 @@ def _on_device(
     if not slow:
         norms, flags = rule.triton(quick, common, torch.zeros(0, dtype=torch.float64, device=device))
         return StepResult(flags[0], norms), flags[1]
-    others = torch.stack([reference.norm(row.grad, device) for row in slow]) / scale  # [m] fp64
+    if common.norms is None:
+        others = torch.stack([reference.norm(row.grad, device) for row in slow]) / scale  # [m] fp64
+    else:
+        given = common.norms.unbind()
+        others = torch.stack(_where(fast, given, False))
+        common = common._replace(norms=torch.stack(_where(fast, given, True)) if quick else None)
     found = ~torch.isfinite(others).all()
-    frozen = found | common.skip
+    frozen = found | (common.skip != 0)
     norms = others.new_zeros(0, dtype=torch.float32)
     if quick:
         norms, flags = rule.triton(quick, common._replace(skip=frozen), others)
@@ -198,7 +212,7 @@ def _without_odd_copies(rows: Sequence[Row], kind: str) -> tuple[Sequence[Row], 
     return rows, odd
 
 
-def _where(flags: Sequence[bool], values: Sequence[T], wanted: bool) -> list[T]:
+def _where(flags: Sequence[bool | None], values: Sequence[T], wanted: bool) -> list[T]:
     return [value for flag, value in zip(flags, values, strict=True) if flag == wanted]
 
 
@@ -274,6 +288,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         momentum: float | Tensor | None = None,
         grad_scale: float | Tensor = 1.0,
         skip: bool | Tensor = False,
+        norms: Tensor | None = None,
     ) -> StepResult:
         """One update from the ``.grad`` of the parameters; on a GPU the host waits for nothing.
 
@@ -281,6 +296,12 @@ class FusedOptimizer(torch.optim.Optimizer):
             momentum: of the teachers, in [0, 1]; needed if there are any.
             grad_scale: gradients are divided by it (loss scale times accumulated micro-batches).
             skip: measure the norms, change nothing.
+            norms: fp32 or fp64 [n_params] beside the parameters, in the order of the groups: norms of the
+                gradients divided by ``grad_scale``, over all shards of a model of which this process holds
+                one. Nothing is measured then; these clip, and a NaN or infinity among them refuses the step.
+
+        Raises: ValueError naming the argument, also for ``norms`` if the update scales layers by norms that
+            a shard does not know (:class:`~fastdino_kernels.LAMB`, :class:`~fastdino_kernels.LARS`).
         """
         if momentum is None:
             if self._extra_ema or any(t is not None for t in self._teachers):
@@ -290,11 +311,33 @@ class FusedOptimizer(torch.optim.Optimizer):
         check_number("grad_scale", grad_scale, positive=True)
         fresh: dict[Tensor, dict[str, Tensor]] = {}
         rows = self._rows(fresh)
-        result = update(self._rule, rows, Common(momentum, grad_scale, skip))
+        result = update(self._rule, rows, Common(momentum, grad_scale, skip, self._checked(norms)))
         # On a GPU a first step that is skipped leaves a state of zeros, which means the same as none.
         if fresh and not (backend_of(self._params)[1] and (skip or result.found_inf)):
             self.state.update(fresh)
         return StepResult(result.found_inf, result.grad_norms[: len(self._params)])
+
+    @property
+    def _scales_layers(self) -> bool:
+        """Whether an update depends on norms of whole tensors besides those of the gradients."""
+        return False
+
+    def _checked(self, norms: Tensor | None) -> Tensor | None:
+        """Norms of all rows, fp64."""
+        if norms is None:
+            return None
+        if self._scales_layers:
+            raise ValueError(
+                f"norms: expected None, as {type(self).__name__} also needs the norms of the parameters over "
+                "all shards, got a tensor"
+            )
+        device = self._params[0].device
+        if norms.shape != (len(self._params),) or norms.device != device:
+            raise ValueError(
+                f"norms: expected shape [{len(self._params)}] on {device}, "
+                f"got {list(norms.shape)} on {norms.device}"
+            )
+        return torch.cat([norms.double(), norms.new_zeros(len(self._extra_ema), dtype=torch.float64)])
 
     def _rows(self, fresh: dict[Tensor, dict[str, Tensor]]) -> list[Row]:
         """One row per parameter, then the extra pairs; states to be made go to ``fresh``."""

@@ -290,17 +290,19 @@ def lars_(
     lr: float | Tensor,
     weight_decay: float | Tensor,
     momentum: float,
-    eta: float,
+    eta: float | None,
     grad_factor: float | Tensor = 1.0,
     frozen: Tensor | None = None,
 ) -> None:
     """One LARS step with momentum on ``grad_factor * grad``, nothing if ``frozen``.
 
     ``u = g + wd p``, scaled by ``eta |p| / |u|`` (1 where that is 0 or not finite); for tensors of one
-    dimension ``u = g``. Then ``b <- momentum b + u``, ``p <- p - lr b``."""
+    dimension ``u = g``. Then ``b <- momentum b + u``, ``p <- p - lr b``. Without ``eta`` this is SGD, and
+    ``u = g + wd p`` for all."""
     update = grad * grad_factor
-    if param.ndim != 1:
+    if param.ndim != 1 or eta is None:
         update = update + weight_decay * param
+    if param.ndim != 1 and eta is not None:
         scale = eta * torch.linalg.vector_norm(param) / torch.linalg.vector_norm(update)
         update = update * torch.where((scale > 0) & torch.isfinite(scale), scale, 1.0)
     new = momentum * buffer + update

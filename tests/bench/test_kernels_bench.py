@@ -21,7 +21,7 @@ SETTING = Setting(torch.device("cpu"), compiles=False)
 
 @pytest.fixture(scope="module")
 def roofline() -> kernels.Roofline:
-    return kernels.Roofline(SETTING, quick=True)
+    return kernels.Roofline(quick=True)
 
 
 @pytest.mark.parametrize("op", OPERATIONS)

@@ -1,5 +1,7 @@
 import json
+import resource
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -145,6 +147,32 @@ def test_format_of_another_version_is_refused(tmp_path):
     (path / "manifest.json").write_bytes(checkpoint._seal(manifest | {"format": 99}))
     with pytest.raises(CheckpointError, match="format 99"):
         load(path)
+
+
+def test_a_checkpoint_of_the_first_release_loads(tmp_path):
+    golden = Path(__file__).parent / "format1" / "step-00000007"
+    model, optimizer, meta = load(golden)
+    rows = (torch.arange(15.0) / 7).reshape(5, 3)
+    assert torch.equal(model["student.w"], rows) and torch.equal(optimizer["exp_avg.student.w"], -rows)
+    assert torch.equal(model["student.h"], (torch.arange(6.0) / 3).bfloat16())
+    assert torch.equal(model["center"], torch.arange(4.0) + 7)
+    assert torch.equal(optimizer["step.student.w"], torch.tensor(7.0))
+    assert meta == {"epoch": 0, "format": 1, "keep": True, "note": "é", "step": 7}
+    again = save(tmp_path, 7, model, optimizer, {"epoch": 0, "keep": True, "note": "é"})
+    for file in golden.iterdir():  # and what one process writes has not changed
+        assert (again / file.name).read_bytes() == file.read_bytes()
+
+
+def test_a_file_that_does_not_fit_on_the_disk_is_named(tmp_path):
+    save(tmp_path, 1, *contents(1.0))
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
+    try:
+        with pytest.raises(OSError, match=r"File too large.*optimizer\.safetensors"):
+            save(tmp_path, 2, {}, {"large": torch.zeros(2000)}, {})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert_holds(latest(tmp_path), 1.0)
 
 
 def test_disk_errors_name_the_path_and_leave_the_previous_checkpoint(tmp_path):

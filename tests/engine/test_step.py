@@ -1,6 +1,5 @@
 """The trainer's step against an independent eager loop written from Algorithm 1 of the paper."""
 
-import copy
 import hashlib
 import itertools
 import math
@@ -9,12 +8,13 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastdino.config import Config
 from fastdino.data.loader import Crops
 from fastdino.engine.optim import Updater, parameter_groups
 from fastdino.engine.schedules import Hyper, Schedule
-from fastdino.engine.step import Scaler, train_step
+from fastdino.engine.step import Scaler, TrainStep
 from fastdino.methods.dino import DINO
 
 B, N_LOCAL, K = 4, 3, 48
@@ -45,31 +45,21 @@ def batches(seed: int = 0, size: int = B):
         )
 
 
-def build(config: Config) -> tuple[DINO, Updater]:
+def build(config: Config, **options) -> TrainStep:
     torch.manual_seed(0)
     method = DINO(config)
-    return method, Updater(method.student, method.teacher, config.optim)
+    updater = Updater(method.student, method.teacher, config.optim)
+    return TrainStep(method, updater, **{"dtype": torch.float32, **options})
 
 
-def run(method, updater, config, source, steps, *, steps_per_epoch=5, accumulate=1):
-    schedule = Schedule(config, steps_per_epoch, B * accumulate)
-    return [
-        train_step(
-            method,
-            updater,
-            source,
-            schedule(s),
-            accumulate=accumulate,
-            dtype=torch.float32,
-            scaler=Scaler(False),
-        )
-        for s in range(steps)
-    ]
+def run(step, config, source, steps, *, first=0):
+    schedule = Schedule(config, 5, B * step.accumulate)
+    return [step.run(source, schedule(s)) for s in range(first, first + steps)]
 
 
-def digest(method: DINO, updater: Updater) -> str:
+def digest(step: TrainStep) -> str:
     h = hashlib.sha256()
-    for tensors in (method.state_dict(), updater.state()):
+    for tensors in (step.method.state_dict(), step.updater.state()):
         for name in sorted(tensors):
             h.update(name.encode() + tensors[name].detach().numpy().tobytes())
     return h.hexdigest()
@@ -140,63 +130,51 @@ def without_key_bias(name: str, tensor: torch.Tensor) -> torch.Tensor:
     return tensor
 
 
-def test_twenty_steps_equal_the_papers_loop():
-    config = tiny_config()
-    method, updater = build(config)
-    oracle = copy.deepcopy(method)
-    results = run(method, updater, config, batches(), 20)
-    losses = paper_loop(oracle, config, batches(), 20, 5)
-    np.testing.assert_allclose([r.loss for r in results], losses, rtol=1e-5)
-    expected = oracle.state_dict()
-    moved = 0.0
-    for name, tensor in method.state_dict().items():
+def assert_same(a: TrainStep, b: TrainStep, rtol: float, atol: float) -> None:
+    expected = b.method.state_dict()
+    for name, tensor in a.method.state_dict().items():
         torch.testing.assert_close(
             without_key_bias(name, tensor),
             without_key_bias(name, expected[name]),
-            rtol=1e-5,
-            atol=1e-5,
+            rtol=rtol,
+            atol=atol,
             msg=lambda m, n=name: f"{n}: {m}",
         )
-    start, _ = build(config)
-    for name, tensor in start.student.state_dict().items():
-        moved = max(moved, float((tensor - method.student.state_dict()[name]).abs().max()))
-    assert moved > 1e-3  # the comparison is not between two networks that stood still
+
+
+def test_twenty_steps_equal_the_papers_loop():
+    config = tiny_config()
+    step, oracle = build(config), build(config)
+    results = run(step, config, batches(), 20)
+    losses = paper_loop(oracle.method, config, batches(), 20, 5)
+    np.testing.assert_allclose([r.loss for r in results], losses, rtol=1e-5)
+    assert_same(step, oracle, rtol=1e-5, atol=1e-5)
+    start = build(config).method.student.state_dict()
+    moved = [(start[name] - x).abs().max() for name, x in step.method.student.state_dict().items()]
+    assert max(moved) > 1e-3  # the comparison is not between two networks that stood still
 
 
 def test_accumulation_equals_one_large_batch_and_moves_the_teacher_once():
     config = tiny_config()
-    whole, whole_updater = build(config)
-    parts, parts_updater = build(config)
-    source = batches(1, size=2 * B)
+    whole, parts = build(config), build(config, accumulate=2)
     halves = []
-    for crops in itertools.islice(source, 8):
+    for crops in itertools.islice(batches(1, size=2 * B), 8):
         g, n = crops.global_.view(2, 2, B, 3, 32, 32), crops.local.view(N_LOCAL, 2, B, 3, 16, 16)
         halves += [Crops(g[:, i].flatten(0, 1), n[:, i].flatten(0, 1), crops.ids[:B]) for i in (0, 1)]
-    schedule = Schedule(config, 5, 2 * B)
-    source = batches(1, size=2 * B)
-    kwargs = dict(dtype=torch.float32, scaler=Scaler(False))
+    schedule, source, split = Schedule(config, 5, 2 * B), batches(1, size=2 * B), iter(halves)
     for s in range(8):
-        one = train_step(whole, whole_updater, source, schedule(s), **kwargs)
-        two = train_step(
-            parts, parts_updater, iter(halves[2 * s : 2 * s + 2]), schedule(s), accumulate=2, **kwargs
-        )
+        one, two = whole.run(source, schedule(s)), parts.run(split, schedule(s))
         assert two.loss == pytest.approx(one.loss, rel=1e-5)
         assert two.teacher_entropy == pytest.approx(one.teacher_entropy, rel=1e-4)
-    for name, tensor in parts.state_dict().items():
-        torch.testing.assert_close(
-            without_key_bias(name, tensor),
-            without_key_bias(name, whole.state_dict()[name]),
-            rtol=1e-4,
-            atol=2e-5,
-        )
+    assert_same(parts, whole, rtol=1e-4, atol=2e-5)
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "sgd", "lars", "lamb"])
 @pytest.mark.parametrize("site", ["pixels", "parameter", "gradient"])
 def test_a_bad_step_changes_no_byte(optimizer, site):
     config = tiny_config(optimizer=optimizer)
-    method, updater = build(config)
-    run(method, updater, config, batches(), 3)
+    step = build(config)
+    run(step, config, batches(), 3)
     hyper = Hyper(lr=0.01, weight_decay=0.04, momentum=0.9, teacher_temp=0.04, freeze_last_layer=False)
     source = batches(5)
     hook = None
@@ -205,58 +183,47 @@ def test_a_bad_step_changes_no_byte(optimizer, site):
         crops.local[3, 0, 2, 2] = float("inf")
         source = iter([crops])
     elif site == "parameter":
-        hook = method.student.backbone.register_forward_hook(lambda m, a, out: out * float("nan"))
+        hook = step.method.student.backbone.register_forward_hook(lambda m, a, out: out * float("nan"))
     else:
-        hook = method.student.backbone.cls_token.register_hook(lambda g: g * float("inf"))
-    before = digest(method, updater)
-    result = train_step(method, updater, source, hyper, dtype=torch.float32, scaler=Scaler(False))
-    assert result.skipped
-    assert digest(method, updater) == before
+        hook = step.method.student.backbone.cls_token.register_hook(lambda g: g * float("inf"))
+    before = digest(step)
+    assert step.run(source, hyper).skipped
+    assert digest(step) == before
     if hook is not None:
         hook.remove()
-    good = train_step(method, updater, batches(6), hyper, dtype=torch.float32, scaler=Scaler(False))
-    assert not good.skipped and digest(method, updater) != before
+    assert not step.run(batches(6), hyper).skipped and digest(step) != before
 
 
 def test_last_layer_frozen_then_trained():
     config = tiny_config()
-    method, updater = build(config)
-    weight = method.student.head.last_layer.weight_v
-    start = weight.detach().clone()
-    run(method, updater, config, batches(), 5)
-    assert torch.equal(weight, start)
-    assert not any("last_layer.weight_v" in name for name in updater.state())
-    schedule = Schedule(config, 5, B)
-    train_step(method, updater, batches(), schedule(7), dtype=torch.float32, scaler=Scaler(False))
-    assert not torch.equal(weight, start)
-    assert method.student.head.last_layer.weight_g.eq(1).all()
+    step = build(config)
+    layer = step.method.student.head.last_layer
+    start = layer.weight_v.detach().clone()
+    run(step, config, batches(), 5)
+    assert torch.equal(layer.weight_v, start)
+    assert not any("last_layer.weight_v" in name for name in step.updater.state())
+    run(step, config, batches(), 1, first=7)
+    assert not torch.equal(layer.weight_v, start)
+    assert layer.weight_g.eq(1).all()
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "sgd", "lars", "lamb"])
 def test_state_round_trip_continues_bitwise(optimizer):
     config = tiny_config(optimizer=optimizer)
-    method, updater = build(config)
+    step, other = build(config), build(config)
     source = batches()
-    schedule = Schedule(config, 5, B)
-    kwargs = dict(dtype=torch.float32, scaler=Scaler(False))
-    for s in range(4):
-        train_step(method, updater, source, schedule(s), **kwargs)
-    saved = (
-        {k: v.clone() for k, v in method.state_dict().items()},
-        {k: v.clone() for k, v in updater.state().items()},
-    )
-    other, other_updater = build(config)
-    other.load_state_dict(saved[0])
-    other_updater.load_state(saved[1])
+    run(step, config, source, 4)
+    other.method.load_state_dict({k: v.clone() for k, v in step.method.state_dict().items()})
+    other.updater.load_state({k: v.clone() for k, v in step.updater.state().items()})
     for s in range(4, 9):  # crosses the end of the last-layer freeze
         crops = next(source)
-        train_step(method, updater, iter([crops]), schedule(s), **kwargs)
-        train_step(other, other_updater, iter([crops]), schedule(s), **kwargs)
-    assert digest(method, updater) == digest(other, other_updater)
+        run(step, config, iter([crops]), 1, first=s)
+        run(other, config, iter([crops]), 1, first=s)
+    assert digest(step) == digest(other)
 
 
 def test_foreign_optimizer_state_is_refused():
-    _, updater = build(tiny_config())
+    updater = build(tiny_config()).updater
     with pytest.raises(KeyError, match="no trained parameter backbone.absent"):
         updater.load_state({"exp_avg.backbone.absent": torch.zeros(3)})
     with pytest.raises(ValueError, match=r"exp_avg.backbone.norm.bias: expected shape \(32,\), got \(3,\)"):
@@ -264,46 +231,50 @@ def test_foreign_optimizer_state_is_refused():
 
 
 def test_loss_scaling_survives_overflow_and_grows():
-    scaler = Scaler(enabled=True, scale=2.0**10)
-    scaler.update(skipped=True)
-    assert scaler.value() == 2.0**9 and scaler.good_steps == 0
-    for _ in range(2000):
-        scaler.update(skipped=False)
-    assert scaler.value() == 2.0**10
-    assert Scaler(enabled=False).value() == 1.0
+    yes, no = torch.tensor(True), torch.tensor(False)
+    scaler = Scaler(torch.device("cpu"), enabled=True, scale=2.0**10)
+    scaler.update(yes, no)
+    assert scaler.state() == {"scale": 2.0**9, "good_steps": 0}
+    scaler.update(no, no)
+    scaler.update(yes, yes)  # that step did not happen
+    assert scaler.state() == {"scale": 2.0**9, "good_steps": 1}
+    for _ in range(1999):
+        scaler.update(no, no)
+    assert scaler.state() == {"scale": 2.0**10, "good_steps": 0}
+    for _ in range(20):
+        scaler.update(yes, no)
+    assert float(scaler.scale) == 1.0
+    off = Scaler(torch.device("cpu"), enabled=False)
+    off.update(yes, no)
+    assert float(off.scale) == 1.0
 
 
 def test_scaled_step_equals_unscaled_step():
     config = tiny_config()
-    plain, plain_updater = build(config)
-    scaled, scaled_updater = build(config)
-    schedule = Schedule(config, 5, B)
+    plain = build(config)
+    scaled = build(config, scaler=Scaler(torch.device("cpu"), True, 1024.0))
     for s in range(7):
         crops = list(itertools.islice(batches(s), 1))
-        train_step(plain, plain_updater, iter(crops), schedule(s), dtype=torch.float32, scaler=Scaler(False))
-        train_step(
-            scaled, scaled_updater, iter(crops), schedule(s), dtype=torch.float32, scaler=Scaler(True, 1024.0)
-        )
-    for name, tensor in scaled.state_dict().items():
-        torch.testing.assert_close(
-            without_key_bias(name, tensor),
-            without_key_bias(name, plain.state_dict()[name]),
-            rtol=1e-5,
-            atol=1e-6,
-        )
+        run(plain, config, iter(crops), 1, first=s)
+        run(scaled, config, iter(crops), 1, first=s)
+    assert_same(scaled, plain, rtol=1e-5, atol=1e-6)
+
+
+def test_an_overflow_halves_the_scale_and_changes_nothing_else():
+    config = tiny_config()
+    step = build(config, scaler=Scaler(torch.device("cpu"), True, 2.0**126))
+    before = digest(step)
+    result = run(step, config, batches(), 1, first=7)[0]
+    assert result.skipped and math.isfinite(result.loss) and result.scale == 2.0**125
+    assert digest(step) == before
 
 
 def test_bf16_stays_close_to_fp32():
     config = tiny_config(lr=0.0005)
-    method, updater = build(config)
-    other, other_updater = build(config)
-    schedule = Schedule(config, 5, B)
+    step, other = build(config), build(config, dtype=torch.bfloat16)
     for s in range(5):
         crops = list(itertools.islice(batches(s), 1))
-        a = train_step(method, updater, iter(crops), schedule(s), dtype=torch.float32, scaler=Scaler(False))
-        b = train_step(
-            other, other_updater, iter(crops), schedule(s), dtype=torch.bfloat16, scaler=Scaler(False)
-        )
+        (a,), (b,) = run(step, config, iter(crops), 1, first=s), run(other, config, iter(crops), 1, first=s)
         assert b.loss == pytest.approx(a.loss, rel=0.02)
         assert b.teacher_entropy == pytest.approx(a.teacher_entropy, rel=0.05)
 
@@ -311,20 +282,72 @@ def test_bf16_stays_close_to_fp32():
 @pytest.mark.parametrize("asked", range(7))
 def test_a_stop_abandons_the_step_without_a_trace(asked):
     config = tiny_config()
-    method, updater = build(config)
+    step = build(config, accumulate=2)
     source = batches()
-    run(method, updater, config, source, 1)
-    before = digest(method, updater)
+    run(step, config, source, 1)
+    before = digest(step)
     calls = itertools.count()
-    result = train_step(
-        method,
-        updater,
-        source,
-        Schedule(config, 5, 2 * B)(1),
-        accumulate=2,
-        dtype=torch.float32,
-        scaler=Scaler(False),
-        stop=lambda: next(calls) >= asked,
-    )
+    result = step.run(source, Schedule(config, 5, 2 * B)(1), stop=lambda: next(calls) >= asked)
     assert result.stop == (asked < 5)  # two questions per micro-batch and one before the update
-    assert (digest(method, updater) == before) == result.stop
+    assert (digest(step) == before) == result.stop
+
+
+class Reads(TorchDispatchMode):
+    """Counts the operations that bring a value to the host."""
+
+    def __init__(self):
+        super().__init__()
+        self.found = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function in READS:
+            self.found.append(str(function))
+        return function(*args, **(kwargs or {}))
+
+
+HOST_READS = ("item", "tolist", "__bool__", "__float__", "__int__", "__index__")
+READS = (
+    torch.ops.aten._local_scalar_dense.default,
+    torch.ops.aten.nonzero.default,
+    torch.ops.aten.is_nonzero.default,
+    torch.ops.aten.masked_select.default,
+    torch.ops.aten.equal.default,
+)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "lars", "lamb"])
+def test_no_step_waits_for_the_device(optimizer, triton_device, monkeypatch):
+    """The operations of a GPU's step, its Triton kernels in the interpreter where there is no GPU."""
+    config = tiny_config(optimizer=optimizer)
+    config.model.drop_path_rate = 0.1
+    torch.manual_seed(0)
+    method = DINO(config).to(triton_device)
+    step = TrainStep(
+        method,
+        Updater(method.student, method.teacher, config.optim),
+        dtype=torch.bfloat16,
+        accumulate=2,
+        scaler=Scaler(triton_device, True, 1024.0),
+    )
+    schedule = Schedule(config, 5, B)
+    source = (Crops(c.global_.to(triton_device), c.local.to(triton_device), c.ids) for c in batches())
+    source = iter(list(itertools.islice(source, 8)))
+    step.enqueue(source, schedule(4))  # states and tables are made in the first steps
+    step.enqueue(source, schedule(5))
+    step.ring.take(every=True)
+    with Reads() as reads, monkeypatch.context() as patch:
+        for name in HOST_READS:  # also inside our operators, where the mode does not look
+            patch.setattr(torch.Tensor, name, lambda x, n=name: reads.found.append(n))
+        if triton_device.type == "cuda":
+            torch.cuda.set_sync_debug_mode("error")
+        try:
+            step.enqueue(source, schedule(6))
+        finally:
+            if triton_device.type == "cuda":
+                torch.cuda.set_sync_debug_mode("default")
+        assert reads.found == []
+        step.sums[0].item()
+        patch.undo()
+        step.sums[0].item()
+        assert reads.found == ["item", "aten._local_scalar_dense.default"]  # the counters count
+    assert not step.ring.take(every=True)[-1].skipped

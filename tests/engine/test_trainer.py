@@ -248,7 +248,7 @@ def test_held_out_images_may_be_bad_and_a_lost_evaluation_is_made_up_for(images,
 
 def test_a_cache_that_does_not_fit_is_refused_before_the_model_is_built(images, tmp_path, monkeypatch):
     monkeypatch.setattr("fastdino.data.loader.free_memory", lambda: 1000)
-    monkeypatch.setattr("fastdino.engine.trainer.DINO", None)
+    monkeypatch.setattr("fastdino.engine.trainer.build", None)
     flags = dict(data_path=str(images), output_dir=str(tmp_path), cache_decoded="on", batch_size_per_gpu=8)
     with pytest.raises(ValueError, match="--cache_decoded on: the decoded images take at least"):
         Trainer(config_from_flags(**flags))

@@ -14,6 +14,7 @@ from fastdino.engine import checkpoint
 from fastdino.engine.optim import parameter_groups
 from fastdino.interop.files import WeightsError, read_pickle
 from fastdino.interop.official import from_native, import_checkpoint, main, read_official, to_native
+from fastdino.interop.weights import load_backbone
 from fastdino.models import build_model, build_student_teacher
 
 VARIANTS = [
@@ -36,6 +37,35 @@ def test_round_trip_through_a_checkpoint_directory_is_bitwise(tmp_path, capsys, 
     with torch.serialization.safe_globals([argparse.Namespace]):  # no NumPy is left to be allowed
         layout.assert_same(contents, torch.load(target, weights_only=True))
     assert "continues at epoch 1" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("world", [1, 3])
+def test_a_checkpoint_in_pieces_is_exported_to_the_same_bytes(tmp_path, layout, world) -> None:
+    torch.save(layout.training_file(), tmp_path / "a.pth")
+    import_checkpoint(tmp_path / "a.pth", tmp_path / "run")
+    whole = checkpoint.latest(tmp_path / "run" / "checkpoints")
+    model, optimizer, meta = checkpoint.load(whole)
+
+    def rows_of(state, rank):
+        pieces = {}
+        for name, tensor in state.items():
+            pieces[name] = tensor
+            if tensor.ndim and name != "center":
+                start, stop = len(tensor) * rank // world, len(tensor) * (rank + 1) // world
+                pieces[name] = checkpoint.Piece(tensor[start:stop], start, len(tensor))
+        return pieces
+
+    for rank in reversed(range(world)):
+        states = rows_of(model, rank), rows_of(optimizer, rank)
+        root = tmp_path / "pieces" / "checkpoints"
+        path = checkpoint.save(root, 1, *states, meta, rank=rank, world_size=world, attempt="a", timeout=0)
+    assert len(list(path.glob("*.safetensors"))) == 2 * world
+    assert main(["export", str(whole), str(tmp_path / "whole.pth")]) == 0
+    for source in (path, tmp_path / "pieces"):
+        assert main(["export", str(source), str(tmp_path / "pieces.pth")]) == 0
+        assert (tmp_path / "pieces.pth").read_bytes() == (tmp_path / "whole.pth").read_bytes()
+    one, other = load_backbone(whole).state_dict(), load_backbone(tmp_path / "pieces").state_dict()
+    assert one.keys() == other.keys() and all(torch.equal(one[k], other[k]) for k in one)
 
 
 @pytest.mark.parametrize(

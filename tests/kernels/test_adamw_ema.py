@@ -6,7 +6,7 @@ import copy
 
 import pytest
 import torch
-from fastdino_kernels import AdamWEMA, AdamWGroup, AdamWScalars, adamw_ema_step_, backend
+from fastdino_kernels import LAMB, LARS, AdamWEMA, AdamWGroup, AdamWScalars, adamw_ema_step_, backend
 from torch import Tensor
 
 # Two groups as in training: decayed matrices (one of two chunks), undecayed vectors, a scalar.
@@ -155,6 +155,67 @@ def test_numbers_may_be_tensors(device: torch.device) -> None:
     result = adamw_ema_step_(**tensors)
     assert not result.found_inf
     assert all(map(torch.equal, before, written(tensors) + tensors["steps"]))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("cls", [AdamWEMA, LARS, LAMB])
+def test_every_number_of_a_step_may_be_a_tensor(device: torch.device, cls: type, dtype: torch.dtype) -> None:
+    scalar = lambda x: torch.tensor(x, device=device, dtype=dtype)  # noqa: E731
+    results = []
+    for wrap in (float, scalar):
+        params = parameters(device)
+        odd = torch.nn.Parameter(torch.ones(4, 6, device=device)[:, ::2])  # outside the kernels
+        params[0].append(odd)
+        teachers = [torch.zeros_like(p) for p in flat(params)]
+        optimizer = cls(groups_of(params), teacher_params=teachers, lr=wrap(0.1), max_grad_norm=3.0)
+        for group in optimizer.param_groups:
+            group["weight_decay"] = wrap(group["weight_decay"])
+        for step in range(3):
+            set_grads(flat(params), step, scale=8.0)
+            result = optimizer.step(momentum=wrap(0.75), grad_scale=wrap(8.0), skip=wrap(step == 1))
+            assert not result.found_inf
+        results.append([*flat(params), *teachers])
+    for x, y in zip(*results, strict=True):
+        close(x.detach(), y.detach())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_norms_of_the_caller_clip_and_refuse(device: torch.device, dtype: torch.dtype) -> None:
+    """As on one rank of a sharded model: the tensors here are parts, one of them has no elements."""
+    mine, theirs = parameters(device), parameters(device)
+    for params in (mine, theirs):
+        params[1].append(torch.nn.Parameter(torch.zeros(0, 3, device=device)))
+        params[1].append(torch.nn.Parameter(torch.ones(4, 6, device=device).double()[:, ::2]))
+    teachers = [torch.zeros_like(p) for p in flat(mine)]
+    average = torch.zeros(3, device=device)
+    optimizer = AdamWEMA(
+        groups_of(mine), teachers, lr=0.1, max_grad_norm=3.0, extra_ema=[(torch.ones_like(average), average)]
+    )
+    torchs = torch.optim.AdamW(groups_of(theirs), lr=0.1)
+    norms = torch.tensor([0.5, 12.0, 0.0, 100.0, 3.0, 7.0, 4.0, 5.0], dtype=dtype, device=device)
+    for step in range(2):
+        set_grads(flat(mine), step, scale=8.0)
+        set_grads(flat(theirs), step)
+        for p, norm in zip(flat(theirs), norms.tolist(), strict=True):
+            assert p.grad is not None
+            p.grad.mul_(min(1.0, 3.0 / (norm + 1e-6)))
+        result = optimizer.step(momentum=0.5, grad_scale=8.0, norms=norms)
+        torchs.step()
+        assert not result.found_inf
+        torch.testing.assert_close(result.grad_norms, norms.float(), rtol=1e-6, atol=0)
+    for p, q in zip(flat(mine), flat(theirs), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(average, torch.full_like(average, 0.75))
+    before = [x.detach().clone() for x in (*flat(mine), *teachers, average)]
+    for i in (6, 7, 1):  # no elements here, outside the kernels, in them
+        bad = norms.clone()
+        bad[i] = float("nan") if i == 7 else float("inf")
+        result = optimizer.step(momentum=0.5, norms=bad)
+        assert result.found_inf and result.found_inf.device == teachers[0].device
+        assert result.grad_norms.isfinite().tolist() == [j != i for j in range(8)]
+        assert all(map(torch.equal, before, (*flat(mine), *teachers, average)))
+    result = optimizer.step(momentum=0.5, norms=norms, skip=True)
+    assert not result.found_inf and all(map(torch.equal, before, (*flat(mine), *teachers, average)))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
@@ -395,6 +456,12 @@ BAD = [
         lambda: AdamWEMA([P], low_precision_teacher=[torch.ones(2, 3).bfloat16()]),
         r"low_precision_teacher\[0\]: expected None",
     ),
+    (
+        lambda: AdamWEMA([P]).step(norms=torch.ones(2)),
+        r"norms: expected shape \[1\] on cpu, got \[2\] on cpu",
+    ),
+    (lambda: LARS([P]).step(norms=torch.ones(1)), "norms: expected None, as LARS also needs"),
+    (lambda: LAMB([P]).step(norms=torch.ones(1)), "norms: expected None, as LAMB also needs"),
     (lambda: step_with(grads=[]), "grads: expected 1 entries, as many as params, got 0"),
     (lambda: step_with(grads=[torch.ones(3, 2)]), r"grads\[0\]: expected \[2, 3\] on cpu, got \[3, 2\]"),
     (lambda: step_with(exp_avgs=[None]), r"steps\[0\]: expected moments and a count"),

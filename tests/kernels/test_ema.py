@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from fastdino_kernels import clip_grad_per_tensor_, ema_update_
+from fastdino_kernels import clip_grad_per_tensor_, ema_update_, grad_square_sums
 from fastdino_kernels.ema import grad_norms
 from torch import Tensor
 
@@ -103,6 +103,22 @@ def test_norms_do_not_depend_on_the_number_of_threads(library: object, threads: 
         torch.set_num_threads(n)
         results.append(grad_norms(grads))
     assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
+
+
+def test_square_sums_add_up_over_shards(device: torch.device) -> None:
+    whole = [*tensors(3, device=device), torch.full((9, 7), 0.5, dtype=torch.float64, device=device)]
+    whole.append(torch.full((5, 3), 3e20, device=device))  # whose square exceeds fp32
+    parts = [
+        [x.reshape(-1)[: x.numel() // 3] for x in whole],
+        [x.reshape(-1)[x.numel() // 3 :] for x in whole],
+    ]
+    sums = [grad_square_sums([None, *part]) for part in parts]
+    assert all(x.dtype == torch.float64 and x.device == whole[0].device and x[0] == 0 for x in sums)
+    expected = torch.stack([x.double().square().sum() for x in whole])
+    torch.testing.assert_close((sums[0] + sums[1])[1:], expected, rtol=1e-12, atol=0)
+    whole[0].view(-1)[-1] = float("inf")
+    assert grad_square_sums(whole).isfinite().tolist() == [False] + [True] * (len(whole) - 1)
+    assert len(grad_square_sums([])) == 0 and grad_square_sums([None]).tolist() == [0.0]
 
 
 @pytest.mark.parametrize("scale", ["float", "tensor"])

@@ -80,6 +80,57 @@ def test_update_rule(device: torch.device, clip: float) -> None:
     assert list(optimizer.state[params[0]]) == ["momentum_buffer"]
 
 
+@pytest.mark.parametrize("clip", [0.0, 1.5])
+def test_without_eta_it_is_sgd(device: torch.device, clip: float) -> None:
+    mine, theirs = parameters(device), parameters(device)
+    groups = [{"params": p[:5], "weight_decay": 0.2} for p in (mine, theirs)]
+    rest = [{"params": p[5:], "weight_decay": 0.0} for p in (mine, theirs)]
+    teachers = [torch.zeros_like(p) for p in mine]
+    averages = [torch.zeros_like(p) for p in mine]
+    ours = LARS([groups[0], rest[0]], 0.3, eta=None, max_grad_norm=clip, teacher_params=teachers)
+    torchs = torch.optim.SGD([groups[1], rest[1]], 0.3, momentum=0.9)
+    for step in range(5):
+        set_grads(mine, step, scale=8.0)
+        set_grads(theirs, step)
+        if step == 2:
+            assert mine[2].grad is not None
+            mine[2].grad[0, 0] = float("inf")
+        norms = torch.stack([0 * p.sum() if p.grad is None else p.grad.norm() for p in theirs]).detach()
+        given = norms if step == 4 else None
+        result = ours.step(momentum=0.75, grad_scale=8.0, skip=step == 1, norms=given)
+        assert bool(result.found_inf) is (step == 2)
+        if step in (1, 2):
+            continue
+        torch.testing.assert_close(result.grad_norms, norms, rtol=1e-6, atol=0)
+        for p, norm in zip(theirs, norms.tolist(), strict=True):
+            if p.grad is not None and clip:
+                p.grad.mul_(min(1.0, clip / (norm + 1e-6)))
+        torchs.step()
+        averages = [0.75 * t + 0.25 * p.detach() for t, p in zip(averages, theirs, strict=True)]
+    for x, y in zip((*mine, *teachers), (*theirs, *averages), strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-6, atol=1e-6)
+    for p, q in zip(mine, theirs, strict=True):
+        if p.grad is not None:
+            buffers = ours.state[p]["momentum_buffer"], torchs.state[q]["momentum_buffer"]
+            torch.testing.assert_close(*buffers, rtol=1e-6, atol=1e-6)
+
+
+def test_groups_with_and_without_eta(device: torch.device) -> None:
+    params, alone = parameters(device), parameters(device)
+    groups = [{"params": params[:3]}, {"params": params[3:], "eta": None}]
+    both = LARS(groups, 0.3, 0.1)
+    single = [LARS(alone[:3], 0.3, 0.1), LARS(alone[3:], 0.3, 0.1, eta=None)]
+    for step in range(2):
+        set_grads(params, step)
+        set_grads(alone, step)
+        for optimizer in (both, *single):
+            optimizer.step()
+    for p, q in zip(params, alone, strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-6, atol=1e-7)
+    with pytest.raises(ValueError, match="norms: expected None, as LARS"):
+        both.step(norms=torch.ones(len(params), device=device))
+
+
 def test_a_bad_gradient_and_skip_change_no_byte(device: torch.device) -> None:
     params, teachers = parameters(device), [p.detach().clone() for p in parameters(device, 1)]
     optimizer = LARS(groups_of(params), 0.1, 0.1, teacher_params=teachers)

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from fastdino_kernels import LAMB, LARS, AdamWEMA, clip_grad_per_tensor_, ema_update_
+from fastdino_kernels import LAMB, LARS, AdamWEMA, clip_grad_per_tensor_, ema_update_, grad_square_sums
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -23,6 +23,7 @@ SHAPES = [(33, 5), (70, 130), (7,), ()]
 OPTIMIZERS = {
     "adamw": (AdamWEMA, dict(max_grad_norm=3.0)),
     "lars": (LARS, dict(max_grad_norm=3.0)),
+    "sgd": (LARS, dict(max_grad_norm=3.0, eta=None)),
     "lamb": (LAMB, dict(max_grad_norm=3.0)),
 }
 
@@ -85,6 +86,9 @@ def test_a_step_waits_for_nothing(triton_device: torch.device, name: str) -> Non
     with NoWaiting():
         result = optimizer.step(**numbers)
         optimizer.step(momentum=0.9, grad_scale=8.0)
+        sums = grad_square_sums([p.grad for p in params])
+        if name in ("adamw", "sgd"):
+            optimizer.step(**numbers, norms=sums.sqrt() / numbers["grad_scale"])
         clip_grad_per_tensor_(params, 1.0, grad_scale=scalar(2.0))
         ema_update_([torch.zeros_like(p) for p in params], params, scalar(0.9))
     assert result.found_inf.device.type == result.grad_norms.device.type == triton_device.type

@@ -75,11 +75,12 @@ def test_multi_crop_model_runs_head_on_packed_crops() -> None:
     torch.manual_seed(0)
     model = build_model(SMALL, img_size=16)
     crops = [torch.randn(2, 3, 16, 16), torch.randn(5, 3, 8, 8)]
-    features = model(crops)
-    assert features.shape == (7, 8)
+    features, prototypes = model(crops)
+    assert features.shape == (7, 8) and prototypes.shape == (50, 8)
     want = torch.cat([model.head.bottleneck(model.backbone(x)) for x in crops])
     torch.testing.assert_close(features, want)
-    torch.testing.assert_close(model(crops[0]), want[:2])
+    torch.testing.assert_close(model(crops[0])[0], want[:2])
+    assert torch.equal(prototypes, model.head.weight())
     assert {name.split(".")[0] for name, _ in model.named_parameters()} == {"backbone", "head"}
 
 
@@ -94,4 +95,5 @@ def test_student_and_teacher() -> None:
     assert not any(p.requires_grad for p in teacher.parameters())
     assert student.backbone.drop_path_rate == 0.3 and teacher.backbone.drop_path_rate == 0.0
     x = torch.randn(2, 3, 24, 24)
-    assert torch.equal(teacher.train()(x), teacher.eval()(x))
+    for a, b in zip(teacher.train()(x), teacher.eval()(x), strict=True):
+        assert torch.equal(a, b)

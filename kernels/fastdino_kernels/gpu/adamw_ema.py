@@ -31,6 +31,7 @@ from .multi_tensor import (
     clip,
     correction,
     follow,
+    given_squares,
     pointer,
     total_of,
     whole_blocks,
@@ -42,7 +43,7 @@ PER_GROUP = 7  # lr, weight decay, beta1, beta2, eps, log2(beta1), log2(beta2)
 
 @triton.jit(do_not_specialize=["n"])
 def _adamw_coefficients_kernel(
-    layout,
+    layout,  # of the partial sums
     table,  # int64 [8, n]: group, then addresses of p, m, v, teacher, copies of p and of the teacher, step
     grads,
     numbers,  # fp64: PER_STEP, then PER_GROUP for each group
@@ -166,9 +167,12 @@ def adamw_ema(rows: Sequence[Row], common: Common, max_norm: float) -> tuple[Ten
     step = Step.of(rows, common, max_norm, COEFFICIENTS, adam_numbers)
     layout = step.layout
     with on_device_of(step.table):
-        partial = sums_of_squares(layout, step.codes, step.grads, step.numbers)
+        if common.norms is None:
+            sums, partial = layout, sums_of_squares(layout, step.codes, step.grads, step.numbers)
+        else:
+            sums, partial = given_squares(step, common.norms)
         _adamw_coefficients_kernel[(layout.n,)](
-            layout.table, step.table, step.grads, step.numbers, partial, step.norms, step.coefficients,
+            sums.table, step.table, step.grads, step.numbers, partial, step.norms, step.coefficients,
             step.flags.view(torch.uint8), layout.n, PER_STEP, PER_GROUP, COEFFICIENTS, BLOCK, num_warps=WARPS,
         )  # fmt: skip
         if layout.n_chunks:

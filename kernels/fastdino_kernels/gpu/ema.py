@@ -123,6 +123,12 @@ def _norms_kernel(
     tl.store(factors + tensor, (clip(norm, tl.load(numbers + 2)) / scale).to(tl.float32))
 
 
+@triton.jit(do_not_specialize=["n"])
+def _totals_kernel(layout, partial, totals, n, BLOCK: tl.constexpr):
+    tensor = tl.program_id(0)
+    tl.store(totals + tensor, total_of(layout, partial, tensor, n, BLOCK))
+
+
 @triton.jit
 def _scale_block(at, code, factor, valid, BLOCK: tl.constexpr, ALIGNED: tl.constexpr):
     x = load_block(at, code, valid, BLOCK, ALIGNED) * factor
@@ -173,6 +179,19 @@ def sums_of_squares(layout: Layout, codes: Tensor, grads: Tensor, found: Tensor)
     return partial
 
 
+def grad_square_sums(grads: Sequence[Tensor]) -> Tensor:
+    """Sums of squares fp64 [n] of plain gradients."""
+    device = grads[0].device
+    layout = multi_tensor.layout([g.numel() for g in grads], device)
+    codes = multi_tensor.constants([[DTYPES[g.dtype] for g in grads]], device)
+    addresses, found = multi_tensor.per_step(list(map(address, grads)), [0.0], device)
+    totals = torch.empty(layout.n, dtype=torch.float64, device=device)
+    with on_device_of(codes):
+        partial = sums_of_squares(layout, codes, addresses, found)
+        _totals_kernel[(layout.n,)](layout.table, partial, totals, layout.n, BLOCK, num_warps=WARPS)
+    return totals
+
+
 def grad_norms(grads: Sequence[Tensor], grad_scale: float | Tensor, max_norm: float | None) -> Tensor:
     """Norms fp32 [n] of plain gradients divided by ``grad_scale``; with ``max_norm`` they are unscaled and
     clipped."""
@@ -204,11 +223,13 @@ def launches() -> list[Launch]:
     ema = dict(layout="*i64", table="*i64", momentum="*fp32", keep="fp32", rest="fp32", **sizes)
     squares = dict(layout="*i64", codes="*i64", grads="*i64", partial="*fp64", found="*fp64", **sizes)
     norms = dict(layout="*i64", numbers="*fp64", partial="*fp64", norms="*fp32", factors="*fp32", n="i32")
+    totals = dict(layout="*i64", partial="*fp64", totals="*fp64", n="i32")
     scale = dict(layout="*i64", codes="*i64", grads="*i64", factors="*fp32", **sizes)
     rows = [
         ("ema_update_", _ema_kernel, ema, dict(ON_DEVICE=False, **blocks), n_chunks, 12 * elements),
         ("grad_norms", _squares_kernel, squares, blocks, n_chunks, 4 * elements),
         ("grad_norms: by tensor", _norms_kernel, norms, dict(BLOCK=BLOCK), n, 8 * n_chunks),
+        ("grad_square_sums: by tensor", _totals_kernel, totals, dict(BLOCK=BLOCK), n, 8 * n_chunks),
         ("clip_grad_per_tensor_", _scale_kernel, scale, blocks, n_chunks, 8 * elements),
     ]
     return [

@@ -1,11 +1,12 @@
 """LARS in Triton: sums of g.g, g.p and p.p by chunks; one program per tensor that turns them into
 coefficients, trust ratio and clipping included; one pass that writes. 8 + 20 bytes per parameter, 8 + 28 with
-a teacher.
+a teacher; without eta the sums need g.g alone, 4 bytes.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import triton
@@ -14,16 +15,19 @@ from torch import Tensor
 
 from ..optimizer import Common, Row
 from . import multi_tensor
+from .ema import sums_of_squares
 from .launch import Launch, on_device_of
 from .multi_tensor import (
     BLOCK,
     CHUNK,
     PER_STEP,
     WARPS,
+    Layout,
     Step,
     chunk_of,
     clip,
     follow,
+    given_squares,
     pointer,
     total_of,
     whole_blocks,
@@ -44,7 +48,7 @@ def _products(x_at, y_at, xx, xy, yy, valid, BLOCK: tl.constexpr, ALIGNED: tl.co
 @triton.jit(do_not_specialize=["n", "n_chunks"])
 def _lars_sums_kernel(
     layout,
-    table,  # int64 [8, n]: group, whether adapted, then addresses of p, b, teacher, copies, step (none)
+    table,  # int64 [8, n]: group, whether decayed, then addresses of p, b, teacher, copies, step (none)
     grads,
     partial,  # fp64 [3, n_chunks]: g.g, g.p, p.p
     found,
@@ -77,12 +81,12 @@ def _lars_sums_kernel(
 
 @triton.jit(do_not_specialize=["n", "n_chunks"])
 def _lars_coefficients_kernel(
-    layout,
+    layout,  # of the partial sums
     table,
-    numbers,  # fp64: PER_STEP, then LARS_GROUP for each group
+    numbers,  # fp64: PER_STEP, then PER_GROUP for each group
     partial,
     norms,
-    coefficients,  # fp32 [n, LARS]
+    coefficients,  # fp32 [n, COEFFICIENTS]
     flags,  # uint8 [2]: found, frozen
     n,
     n_chunks,
@@ -104,12 +108,12 @@ def _lars_coefficients_kernel(
     tl.store(norms + tensor, norm.to(tl.float32))
 
     group = numbers + PER_STEP + PER_GROUP * tl.load(table + tensor)
-    adapted = tl.load(table + n + tensor) != 0
+    decayed = tl.load(table + n + tensor) != 0
     c = clip(norm, tl.load(numbers + 4)) / scale
-    decay = tl.where(adapted, tl.load(group + 1), 0.0)
+    decay = tl.where(decayed, tl.load(group + 1), 0.0)
     square = c * c * gg + 2.0 * c * decay * gp + decay * decay * pp
     ratio = tl.load(group + 3) * tl.sqrt(pp / tl.where(square > 0.0, square, 1.0))
-    sound = adapted & (square > 0.0) & (ratio > 0.0) & (ratio < float("inf"))
+    sound = decayed & (square > 0.0) & (ratio > 0.0) & (ratio < float("inf"))
     ratio = tl.where(sound, ratio, 1.0)
     row = coefficients + COEFFICIENTS * tensor
     tl.store(row, tl.where(frozen, 0.0, 1.0))
@@ -186,20 +190,16 @@ def lars(rows: Sequence[Row], common: Common, max_norm: float) -> tuple[Tensor, 
     """A step on plain rows whose group has lr, weight_decay, momentum and eta.
 
     Returns norms fp32 [n] and flags bool [2]: a gradient was not finite, nothing was changed."""
-    adapted = [int(row.param.ndim != 1) for row in rows]
-    step = Step.of(rows, common, max_norm, COEFFICIENTS, list, [adapted], moments=1)
-    layout, device = step.layout, step.table.device
-    partial = torch.empty(3 * layout.n_chunks, dtype=torch.float64, device=device)
+    decayed = [int(row.param.ndim != 1 or row.group.eta is None) for row in rows]
+    step = Step.of(rows, common, max_norm, COEFFICIENTS, _numbers, [decayed], moments=1)
+    layout = step.layout
     sizes = (layout.n, layout.n_chunks)
     with on_device_of(step.table):
-        if layout.n_chunks:
-            _lars_sums_kernel[(layout.n_chunks,)](
-                layout.table, step.table, step.grads, partial, step.numbers, *sizes,
-                CHUNK, BLOCK, num_warps=WARPS,
-            )  # fmt: skip
+        sums, partial = _sums(step, common, any(row.group.eta is not None for row in rows))
         _lars_coefficients_kernel[(layout.n,)](
-            layout.table, step.table, step.numbers, partial, step.norms, step.coefficients,
-            step.flags.view(torch.uint8), *sizes, PER_STEP, PER_GROUP, COEFFICIENTS, BLOCK, num_warps=WARPS,
+            sums.table, step.table, step.numbers, partial, step.norms, step.coefficients,
+            step.flags.view(torch.uint8), layout.n, sums.n_chunks,
+            PER_STEP, PER_GROUP, COEFFICIENTS, BLOCK, num_warps=WARPS,
         )  # fmt: skip
         if layout.n_chunks:
             _lars_kernel[(layout.n_chunks,)](
@@ -207,6 +207,30 @@ def lars(rows: Sequence[Row], common: Common, max_norm: float) -> tuple[Tensor, 
                 step.copy, COEFFICIENTS, CHUNK, BLOCK, num_warps=WARPS,
             )  # fmt: skip
     return step.norms, step.flags
+
+
+def _numbers(group: Any) -> list[float | Tensor]:
+    """PER_GROUP numbers; an eta of 0 gives no trust ratio, which then is 1."""
+    return [group.lr, group.weight_decay, group.momentum, group.eta or 0.0]
+
+
+def _sums(step: Step, common: Common, scaled: bool) -> tuple[Layout, Tensor]:
+    """Partial sums fp64 [3, chunks] and the layout of the chunks; only g.g unless ``scaled``, which excludes
+    given norms."""
+    layout = step.layout
+    if not scaled:
+        if common.norms is None:
+            gg = sums_of_squares(layout, step.codes, step.grads, step.numbers)
+        else:
+            layout, gg = given_squares(step, common.norms)
+        return layout, torch.cat([gg, gg.new_zeros(2 * len(gg))])
+    partial = torch.empty(3 * layout.n_chunks, dtype=torch.float64, device=step.table.device)
+    if layout.n_chunks:
+        _lars_sums_kernel[(layout.n_chunks,)](
+            layout.table, step.table, step.grads, partial, step.numbers, layout.n, layout.n_chunks,
+            CHUNK, BLOCK, num_warps=WARPS,
+        )  # fmt: skip
+    return layout, partial
 
 
 def launches() -> list[Launch]:

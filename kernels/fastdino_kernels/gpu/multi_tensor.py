@@ -188,6 +188,15 @@ class Step:
         )
 
 
+def given_squares(step: Step, norms: Tensor) -> tuple[Layout, Tensor]:
+    """Unscaled norms fp64 [n] that the caller measured, as sums of squares of scaled gradients.
+
+    Returns a layout with one chunk per tensor, whatever its size, and the sums [n]; the step is told if some
+    norm is not finite."""
+    step.numbers[0].copy_(~torch.isfinite(norms).all())
+    return layout([1] * len(norms), norms.device), (norms * step.numbers[3]).square()
+
+
 @triton.jit
 def chunk_of(layout, i, n, n_chunks, CHUNK: tl.constexpr):
     """Tensor, first element and number of elements of chunk ``i``."""

@@ -1,0 +1,124 @@
+"""From a configuration to a step that can train: the model, its speed options, its place on the processes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from fastdino.config import Config, ConfigError, backbone_shape, parse_mesh
+from fastdino.engine import parallel, rows
+from fastdino.engine.checkpoint import Piece
+from fastdino.engine.graph import GraphStep
+from fastdino.engine.optim import Updater
+from fastdino.engine.step import TrainStep
+from fastdino.methods.dino import DINO
+from fastdino.models.attention import describe_attention, resolve_attention
+from fastdino.models.linear import attach_low_precision
+from fastdino.models.vit import VisionTransformer
+
+
+def compute_dtype(config: Config, device: torch.device) -> torch.dtype:
+    """The type GEMMs run in: ``--precision``, or what the hardware is best at."""
+    choice = config.optim.precision
+    if not config.optim.use_fp16:
+        return torch.float32
+    if choice != "auto":
+        return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[choice]
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16
+    return torch.bfloat16 if torch.cpu._is_avx512_bf16_supported() else torch.float32
+
+
+@dataclass
+class Engine:
+    """What trains: ``step`` moves the weights of ``method`` through ``updater``."""
+
+    method: DINO
+    updater: Updater
+    step: TrainStep
+    dtype: torch.dtype
+    attention: str
+    """Name of the attention kernels that run, for people."""
+
+    def state(self) -> dict[str, Tensor | Piece]:
+        """Weights of student and teacher, buffers and center by name; of a sharded model this process's
+        rows.
+        """
+        return {name: rows.piece(value, value) for name, value in self.method.state_dict().items()}
+
+    def load_state(self, state: dict[str, Tensor]) -> None:
+        """Take whole tensors under the names of :meth:`state`. Raises ValueError naming one that is missing,
+        unknown or of another shape; nothing has changed then.
+        """
+        mine = self.method.state_dict()
+        for name in mine.keys() | state.keys():
+            expected = tuple(mine[name].shape) if name in mine else "no such tensor"
+            got = tuple(state[name].shape) if name in state else "none"
+            if expected != got:
+                raise ValueError(f"model state {name}: expected {expected}, got {got}")
+        for name, value in mine.items():
+            rows.assign(value, state[name])
+        self.updater.refresh_copies()
+
+    def teacher_backbone(self) -> VisionTransformer | None:
+        """The teacher's backbone as a plain module, for evaluation: on rank 0 if it must be gathered, which
+        all processes have to take part in.
+        """
+        if not self.updater.sharded:
+            return self.method.teacher.backbone
+        from fastdino.engine import sharding
+
+        return sharding.gathered_backbone(self.method.teacher)
+
+
+def build(config: Config, world: parallel.World | None = None, *, accumulate: int = 1) -> Engine:
+    """Model, optimizer and step on this process, all seeded by ``--seed``.
+
+    Raises ConfigError naming the flag that this machine or the number of processes cannot serve.
+    """
+    world = world or parallel.World(0, 1, parallel.device_of(config.run.device))
+    device, engine = world.device, config.engine
+    dtype = compute_dtype(config, device)
+    width, _, heads = backbone_shape(config.model)
+    attention = resolve_attention(engine.attention, device=device, dtype=dtype, head_dim=width // heads)
+    mesh = parse_mesh(engine.mesh, world.size)
+    _check(config, world)
+
+    torch.manual_seed(config.run.seed)
+    method = DINO(config).to(device)
+    if config.model.use_bn_in_head and world.size > 1:  # batch statistics over all processes, as officially
+        method = nn.SyncBatchNorm.convert_sync_batchnorm(method)
+    method.student.backbone.checkpointing = engine.activation_checkpointing
+    compiled = engine.compile == "on" or (engine.compile == "auto" and device.type == "cuda")
+    copies: dict[nn.Parameter, Tensor] = {}
+    for model in (method.student, method.teacher):
+        model.backbone.set_attention(attention)
+        if mesh is None and dtype != torch.float32:
+            copies |= attach_low_precision(model, dtype)
+        if compiled:
+            model.backbone.compile_blocks()
+    if mesh is not None:
+        from fastdino.engine import sharding  # imports the FSDP of torch, which takes a second
+
+        sharding.shard(method, mesh, device=device, dtype=dtype)
+
+    updater = Updater(method.student, method.teacher, config.optim, copies=copies)
+    replicated = world.size > 1 and mesh is None
+    reducer = parallel.GradientBuckets(updater.parameters) if replicated else None
+    kind = GraphStep if engine.cuda_graph else TrainStep
+    step = kind(method, updater, dtype=dtype, accumulate=accumulate, reducer=reducer)
+    return Engine(method, updater, step, dtype, describe_attention(attention, device=device, dtype=dtype))
+
+
+def _check(config: Config, world: parallel.World) -> None:
+    """Refuse what this device cannot do."""
+    if world.device.type == "cuda":
+        return
+    if config.engine.cuda_graph:
+        raise ConfigError("cuda_graph", "expected false: this run has no CUDA device")
+    if config.model.use_bn_in_head and world.size > 1:
+        raise ConfigError(
+            "use_bn_in_head", "several processes need GPUs (synchronised batch norm has no CPU form)"
+        )

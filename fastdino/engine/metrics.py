@@ -1,0 +1,89 @@
+"""What the host learns of a step, and when: rows of numbers on their way from the device, and phase times."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass
+class StepResult:
+    """Means over the global batch, in nats, and seconds per phase.
+
+    ``skipped``: nothing changed, because something was not finite or because of ``stop``: a process asked to
+    stop. ``scale``: the loss scale after the step.
+    """
+
+    loss: float
+    teacher_entropy: float
+    kl: float
+    skipped: bool
+    stop: bool
+    scale: float = 1.0
+    seconds: dict[str, float] = field(default_factory=dict)
+
+
+class Clock:
+    """Seconds per phase of a step; on a GPU between events of its stream; the host waits for none."""
+
+    def __init__(self, device: torch.device):
+        self.cuda = device.type == "cuda"
+        self.marks: list[tuple[str, Any]] = [("", self._now())]
+
+    def _now(self) -> Any:
+        if not self.cuda:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def lap(self, phase: str) -> None:
+        """The time since the last mark belongs to ``phase``."""
+        self.marks.append((phase, self._now()))
+
+    def seconds(self) -> dict[str, float]:
+        """Of every phase; on a GPU the last mark must have passed."""
+        out: dict[str, float] = {}
+        for (_, a), (phase, b) in zip(self.marks, self.marks[1:], strict=False):
+            passed = a.elapsed_time(b) / 1e3 if self.cuda else b - a
+            out[phase] = out.get(phase, 0.0) + passed
+        return out
+
+
+class Ring:
+    """Rows of the newest steps. A row is read once ``lag`` newer ones are there, the oldest first.
+
+    With a lag the host runs ahead of a GPU, but by no more than that, and all processes read the same rows
+    after the same steps, so that they decide alike.
+    """
+
+    def __init__(self, device: torch.device, lag: int | None = None):
+        self.cuda = device.type == "cuda"
+        self.lag = (2 if self.cuda else 0) if lag is None else lag
+        self.rows: deque[tuple[Tensor, Any, Clock]] = deque()
+
+    def push(self, row: Tensor, clock: Clock) -> None:
+        """Send a row [6] as :class:`StepResult` has it on its way."""
+        host = torch.empty(row.shape, dtype=row.dtype, pin_memory=self.cuda)
+        host.copy_(row, non_blocking=True)
+        arrived = None
+        if self.cuda:
+            arrived = torch.cuda.Event()
+            arrived.record()
+        self.rows.append((host, arrived, clock))
+
+    def take(self, *, every: bool = False) -> list[StepResult]:
+        """The results that are due, or ``every`` one; waits for them."""
+        results = []
+        while len(self.rows) > (0 if every else self.lag):
+            host, arrived, clock = self.rows.popleft()
+            if arrived is not None:
+                arrived.synchronize()
+            loss, entropy, kl, skipped, stop, scale = host.tolist()
+            results.append(StepResult(loss, entropy, kl, skipped > 0, stop > 0, scale, clock.seconds()))
+        return results
