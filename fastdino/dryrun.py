@@ -204,6 +204,7 @@ def _state_bytes(config: Config, parameters: int, world_size: int) -> float:
     own = 12 + (8 if config.optim.optimizer in ("adamw", "lamb") else 4)
     half = _half(config)
     mesh = parse_mesh(config.engine.mesh, world_size)
+    per_parameter: float
     if mesh is None:
         per_parameter = own + (4 if half else 0) + (4 if world_size > 1 else 0)
     else:

@@ -91,7 +91,8 @@ def build(config: Config, world: parallel.World | None = None, *, accumulate: in
     if config.model.use_bn_in_head and world.size > 1:  # batch statistics over all processes, as officially
         method = nn.SyncBatchNorm.convert_sync_batchnorm(method)
     method.student.backbone.checkpointing = engine.activation_checkpointing
-    compiled = engine.compile == "on" or (engine.compile == "auto" and device.type == "cuda")
+    by_itself = device.type == "cuda" and attention != "xformers"  # whose masks cannot be traced
+    compiled = engine.compile == "on" or (engine.compile == "auto" and by_itself)
     copies: dict[nn.Parameter, Tensor] = {}
     for model in (method.student, method.teacher):
         model.backbone.set_attention(attention)

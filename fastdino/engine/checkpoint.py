@@ -375,6 +375,7 @@ class Saver:
         self._copies = HostCopies()
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
+        self._failed = False  # the save before the present one
 
     def start(
         self,
@@ -389,9 +390,14 @@ class Saver:
     ) -> None:
         """Begin to save, with the arguments of ``save``, and prune after it; returns when the tensors are
         copied. Every process must have started a save before any of them starts the next. Waits for the save
-        before and raises its error, as ``wait`` does.
+        before; warns if that failed, and raises its error if the one before it had failed already.
         """
-        self.wait()
+        error = self._finished()
+        if error is not None:
+            if self._failed:
+                raise error
+            warnings.warn(f"NO CHECKPOINT, trying again with the next one: {error}", stacklevel=2)
+        self._failed = error is not None
         if rank is None:
             return
         if rank == 0:  # here, where no other process can be in a later save yet
@@ -415,11 +421,16 @@ class Saver:
 
     def wait(self) -> None:
         """Return when the save that was started is over. Raises what ``save`` raises."""
+        error = self._finished()
+        if error is not None:
+            raise error
+
+    def _finished(self) -> BaseException | None:
+        """The error of the save that was started, when it is over."""
         if self._thread is not None:
             self._thread.join()
         error, self._thread, self._error = self._error, None, None
-        if error is not None:
-            raise error
+        return error
 
     def _run(self, job: Callable[[], Path], prunes: bool) -> None:
         try:

@@ -22,7 +22,9 @@ WARM_UP = 3  # eager steps before recording: they make optimizer states, workspa
 
 
 class GraphStep(TrainStep):
-    """:class:`TrainStep` on a GPU, whose steps after the first are replayed. Crops must not change shape."""
+    """:class:`TrainStep` on a GPU, replayed after ``WARM_UP`` steps, and again after as many from when the
+    last layer begins to be trained. Crops must not change shape, nor optimizer states their place.
+    """
 
     def __init__(self, *args: Any, **options: Any):
         super().__init__(*args, **options)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -73,17 +74,15 @@ class Ring:
         host.copy_(row, non_blocking=True)
         arrived = None
         if self.cuda:
-            arrived = torch.cuda.Event()
+            arrived = torch.cuda.Event(blocking=True)  # the host sleeps: its cores are the loader's
             arrived.record()
         self.rows.append((host, arrived, clock))
 
-    def take(self, *, every: bool = False) -> list[StepResult]:
-        """The results that are due, or ``every`` one; waits for them."""
-        results = []
+    def take(self, *, every: bool = False) -> Iterator[StepResult]:
+        """The results that are due, or ``every`` one; waits for each."""
         while len(self.rows) > (0 if every else self.lag):
             host, arrived, clock = self.rows.popleft()
             if arrived is not None:
                 arrived.synchronize()
             loss, entropy, kl, skipped, stop, scale = host.tolist()
-            results.append(StepResult(loss, entropy, kl, skipped > 0, stop > 0, scale, clock.seconds()))
-        return results
+            yield StepResult(loss, entropy, kl, skipped > 0, stop > 0, scale, clock.seconds())

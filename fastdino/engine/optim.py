@@ -79,7 +79,7 @@ class Updater:
 
     def zero_grad(self) -> None:
         for parameter in self.parameters:
-            parameter.grad = None
+            parameter.grad = self.rows[parameter].grad = None
 
     def set_sync(self, last: bool) -> None:
         """Whether the coming backward pass is the last one before the update (a sharded model reduces its

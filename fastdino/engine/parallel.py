@@ -12,6 +12,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 _BUCKET = 8 * 1024 * 1024  # elements per all-reduce: enough for bandwidth, few enough to start early
+_store: dist.Store | None = None  # what the processes found each other by
+_turns = 0
 
 
 @dataclass(frozen=True)
@@ -48,22 +50,29 @@ def start(device: str = "auto") -> World:
     if place.type == "cuda":
         torch.cuda.set_device(place)
     if size > 1 and not dist.is_initialized():
-        _join("nccl" if place.type == "cuda" else "gloo")
+        _join(place)
     return World(dist.get_rank() if size > 1 else 0, size, place)
 
 
-def _join(kind: str) -> None:
-    """Workers that torchrun restarted must not meet those before them: all share one key-value store, in
-    which the addresses of the dead ones still stand.
-    """
+def _join(device: torch.device) -> None:
+    global _store
     timeout = datetime.timedelta(minutes=30)
-    # Nodes count their restarts differently; several of them need what the README sets for the launcher.
-    if os.environ.get("GROUP_WORLD_SIZE") != "1":
-        dist.init_process_group(kind, timeout=timeout)
-        return
-    store, rank, size = next(dist.rendezvous("env://", timeout=timeout))
-    store = dist.PrefixStore(f"restart {os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
-    dist.init_process_group(kind, timeout=timeout, store=store, rank=rank, world_size=size)
+    found, rank, size = next(dist.rendezvous("env://", timeout=timeout))
+    # Workers that torchrun restarted must not meet those before them: all share one key-value store, in which
+    # the addresses of the dead ones still stand. Several nodes count their restarts differently; there the
+    # launcher must not share its store (README).
+    if os.environ.get("GROUP_WORLD_SIZE") == "1":
+        found = dist.PrefixStore(f"restart {os.environ['TORCHELASTIC_RESTART_COUNT']}", found)
+    _store = found
+    cuda = device.type == "cuda"
+    dist.init_process_group(
+        "nccl" if cuda else "gloo",
+        timeout=timeout,
+        store=found,
+        rank=rank,
+        world_size=size,
+        device_id=device if cuda else None,
+    )
 
 
 def stop() -> None:
@@ -78,6 +87,21 @@ def stop() -> None:
 def barrier() -> None:
     if dist.is_initialized():
         dist.barrier()
+
+
+def after_main() -> None:
+    """Wait for what rank 0 does alone before it comes here, however long it takes (collectives give up after
+    half an hour).
+    """
+    global _turns
+    if _store is None:
+        barrier()
+        return
+    _turns += 1
+    if rank() == 0:
+        _store.set(f"main {_turns}", "done")
+    else:
+        _store.wait([f"main {_turns}"], datetime.timedelta(days=30))
 
 
 def size() -> int:
@@ -162,8 +186,10 @@ class GradientBuckets:
             self._launch()
         for bucket, (flat, work) in zip(self.buckets, self.running, strict=True):
             work.wait()
-            for parameter, total in zip(bucket, flat.split([p.numel() for p in bucket]), strict=True):
+            parts = flat.split([p.numel() for p in bucket])
+            sums = {p: part.view_as(p) for p, part in zip(bucket, parts, strict=True)}
+            present = {p: p.grad for p in bucket if p.grad is not None}
+            torch._foreach_copy_(list(present.values()), [sums[p] for p in present])
+            for parameter in bucket:
                 if parameter.grad is None:
-                    parameter.grad = total.view_as(parameter)
-                else:
-                    parameter.grad.copy_(total.view_as(parameter))
+                    parameter.grad = sums[parameter]

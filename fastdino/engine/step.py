@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastdino.data.loader import Crops
 from fastdino.engine import parallel
@@ -52,12 +52,15 @@ class Scaler:
             self.scale.copy_(torch.where(undone, before[0], self.scale.clamp(min=1.0)))
             self.good_steps.copy_(torch.where(undone, before[1], self.good_steps))
 
-    def state(self) -> dict[str, float]:
-        return {"scale": float(self.scale), "good_steps": int(self.good_steps)}
+    def state(self) -> dict[str, float] | None:
+        """None where nothing is scaled."""
+        return {"scale": float(self.scale), "good_steps": int(self.good_steps)} if self.enabled else None
 
-    def load_state(self, state: dict[str, float]) -> None:
-        self.scale.fill_(state["scale"])
-        self.good_steps.fill_(int(state["good_steps"]))
+    def load_state(self, state: dict[str, float] | None) -> None:
+        """A run that did not scale before begins as a new one."""
+        if self.enabled and state is not None:
+            self.scale.fill_(state["scale"])
+            self.good_steps.fill_(int(state["good_steps"]))
 
 
 class TrainStep:
@@ -87,13 +90,16 @@ class TrainStep:
         # [batch center (K), loss, entropy, KL, stop], sums over micro-batches and processes
         self.sums = torch.zeros(method.center.numel() + 4, device=device)
         self.row = torch.zeros(6, device=device)
+        # A skipped step must not show in the running statistics either.
+        norms = [m for m in method.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+        self.statistics = [(b, b.clone()) for m in norms for b in m.buffers()]
         # Collectives inside of forward and backward must be the same on every process: no way out in between.
-        self.may_abandon = not updater.sharded
+        self.may_abandon = not updater.sharded and not any(isinstance(m, nn.SyncBatchNorm) for m in norms)
 
     def run(self, batches: Iterator[Crops], hyper: Hyper, stop: Callable[[], bool] = bool) -> StepResult:
         """:meth:`enqueue`, then wait for its result."""
         self.enqueue(batches, hyper, stop)
-        return self.ring.take(every=True)[-1]
+        return list(self.ring.take(every=True))[-1]
 
     def enqueue(self, batches: Iterator[Crops], hyper: Hyper, stop: Callable[[], bool] = bool) -> None:
         """Train on the next ``accumulate`` of ``batches``, this process's part of the global batch.
@@ -125,6 +131,8 @@ class TrainStep:
         """Forget the gradients of the step before."""
         self.zero_grad()
         self.sums.zero_()
+        for statistic, before in self.statistics:
+            before.copy_(statistic)
         if self.reducer is not None:
             self.reducer.begin(without=self.updater.last_layer if frozen else ())
 
@@ -181,6 +189,8 @@ class TrainStep:
         found_inf = self.updater.step(self.scalars, grad_scale=scale, skip=refused)
         skipped = refused | found_inf
         self.method.update_center(means[:-4], skipped)
+        for statistic, before in self.statistics:
+            statistic.copy_(torch.where(skipped, before, statistic))
         self.scaler.update(skipped, stopped)
         flags = torch.stack([skipped.float(), stopped.float(), self.scaler.scale])
         self.row.copy_(torch.cat([means[-4:-1], flags]))

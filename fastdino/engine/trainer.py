@@ -115,10 +115,10 @@ class Trainer:
         if choice == "off" or (choice == "auto" and len(manifest) > 200_000):
             return manifest
         if not self.world.main:
-            parallel.barrier()
+            parallel.after_main()
         manifest = prescan(manifest, cache_dir, num_threads=self._data_threads(), progress=self.world.main)
         if self.world.main:
-            parallel.barrier()
+            parallel.after_main()
         return manifest
 
     def _clean_held_out(self, manifest: Manifest) -> Manifest:
@@ -238,7 +238,7 @@ class Trainer:
         while self.step < self.total_steps:
             hyper, epoch = self.schedule(self.step), self.step // self.steps_per_epoch
             # stochastic depth draws from a function of (seed, step, rank): nothing to save
-            torch.manual_seed((run.seed * 1_000_003 + self.step) * 65_537 + self.world.rank)
+            torch.manual_seed(((run.seed * 1_000_003 + self.step) * 65_537 + self.world.rank) % 2**63)
             self.engine.step.enqueue(batches, hyper, lambda: self.signal != 0)
             self.step += 1
             epoch_ends = self.step % self.steps_per_epoch == 0
@@ -431,7 +431,7 @@ class Trainer:
                 screen.say(f"WARNING: no k-NN figures, training goes on: {error}")
             else:
                 self._log_scores(scores, raw, screen, curves)
-        parallel.barrier()
+        parallel.after_main()
 
     def _log_scores(
         self, scores: dict[str, float], raw: dict[str, float] | None, screen: Screen, curves: Curves
@@ -468,7 +468,7 @@ class Trainer:
                 if final:
                     raise
                 screen.say("the report could not be written; training goes on\n" + traceback.format_exc())
-        parallel.barrier()
+        parallel.after_main()
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         self.signal = number

@@ -184,8 +184,8 @@ def from_native(
     }
     scaler = _decoded(imported["fp16_scaler"]) if imported else (_SCALER if config.optim.use_fp16 else None)
     if scaler is not None:
-        state = {"scale": meta["scaler"]["scale"], **scaler, "_growth_tracker": meta["scaler"]["good_steps"]}
-        contents["fp16_scaler"] = state
+        ours = meta["scaler"] or {"scale": 2.0**16, "good_steps": 0}  # none in a run that did not scale
+        contents["fp16_scaler"] = {"scale": ours["scale"], **scaler, "_growth_tracker": ours["good_steps"]}
     return contents
 
 

@@ -68,7 +68,12 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, low: Tensor | None = 
 
 
 def norm_linear(x: Tensor, norm: nn.LayerNorm, layer: Linear, part: slice | None = None) -> Tensor:
-    """``layer(norm(x))``, [T, in] -> [T, out], that keeps ``x`` alone; ``part`` selects among the outputs."""
+    """``layer(norm(x))``, [T, in] -> [T, out], that keeps ``x`` alone; ``part`` selects among the outputs.
+
+    Without gradients it is just that, so that hooks of both modules see their features.
+    """
+    if part is None and not torch.is_grad_enabled():
+        return layer(norm(x))
     weight: Tensor = layer.weight
     bias: Tensor | None = layer.bias
     low = layer.low_precision
@@ -80,6 +85,8 @@ def norm_linear(x: Tensor, norm: nn.LayerNorm, layer: Linear, part: slice | None
 
 def gelu_linear(h: Tensor, layer: Linear) -> Tensor:
     """``layer(gelu(h))``, [T, in] -> [T, out], that keeps ``h`` alone."""
+    if not torch.is_grad_enabled():
+        return layer(F.gelu(h))
     return _GeluLinear.apply(h, layer.weight, layer.bias, layer.low_precision, compute_dtype(h))
 
 

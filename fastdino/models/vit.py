@@ -264,19 +264,13 @@ class VisionTransformer(nn.Module):
 
         All blocks, also of another model, share one graph per kind of pass: with and without gradients, all
         tokens and [CLS] alone, and every number of crops that stochastic depth keeps. Shapes are static;
-        evaluation, with its many shapes, stays eager. Changes settings of torch.compile for the process: more
-        graphs per function, and in the backward pass what comes before a product may be recomputed.
+        evaluation, with its many shapes, stays eager.
         """
         if self.attention == "xformers":
             raise ConfigError(
                 "compile", "expected another --attention than xformers, whose masks do not trace"
             )
-        from torch._dynamo import config as dynamo
-        from torch._functorch import config as functorch
-
-        dynamo.recompile_limit = max(dynamo.recompile_limit, 8 * self.depth)
-        functorch.ban_recompute_materialized_backward = False
-        self._body = torch.compile(Block.body, backend=backend, fullgraph=True, dynamic=False)
+        self._body = compiled_body(backend)
 
     def _start(self, crops: Sequence[Tensor]) -> tuple[Tensor, Packing]:
         tokens, groups = self.prepare_tokens(crops)
@@ -333,6 +327,18 @@ class VisionTransformer(nn.Module):
         if not self.training or self.drop_path_rate == 0.0:
             return [NOTHING] * self.depth
         return draw(self.drop_path_rate, self.depth, tokens, packing)
+
+
+def compiled_body(backend: str) -> Callable[..., Tensor]:
+    """:meth:`Block.body` compiled. Changes settings of torch.compile in this process: more graphs of a
+    function, and backward passes recompute what comes before a product, as ours do, instead of keeping it.
+    """
+    from torch._dynamo import config as dynamo
+    from torch._functorch import config as functorch
+
+    dynamo.recompile_limit = max(dynamo.recompile_limit, 128)
+    functorch.ban_recompute_materialized_backward = False
+    return torch.compile(Block.body, backend=backend, fullgraph=True, dynamic=False)
 
 
 def recompute(function: Callable[..., Tensor], *args: Any) -> Tensor:

@@ -25,6 +25,7 @@ OPERATIONS = {  # name -> the C function behind its `cpu` backend
     "LAMB": "fdk_lamb",
     "ema_update_": "fdk_ema",
     "clip_grad_per_tensor_": "fdk_sums_of_squares",
+    "grad_square_sums": "fdk_sums_of_squares",
     "multicrop": "fdk_multicrop",
 }
 HOST_ONLY = ("multicrop",)

@@ -396,8 +396,10 @@ def test_errors_come_out_of_wait_and_start(tmp_path):
         saver.wait()
     saver.wait()  # told once
     start(saver, 1, 1.0)
+    with pytest.warns(UserWarning, match="NO CHECKPOINT, .*No space left on device"):
+        start(saver, 2, 2.0)  # the next one is tried
     with pytest.raises(OSError, match="No space left on device"):
-        start(saver, 2, 2.0)
+        start(saver, 3, 3.0)
     disk.full = False
     start(saver, 3, 3.0)
     saver.wait()

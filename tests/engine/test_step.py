@@ -173,6 +173,7 @@ def test_accumulation_equals_one_large_batch_and_moves_the_teacher_once():
 @pytest.mark.parametrize("site", ["pixels", "parameter", "gradient"])
 def test_a_bad_step_changes_no_byte(optimizer, site):
     config = tiny_config(optimizer=optimizer)
+    config.model.use_bn_in_head = True  # whose running statistics must not move either
     step = build(config)
     run(step, config, batches(), 3)
     hyper = Hyper(lr=0.01, weight_decay=0.04, momentum=0.9, teacher_temp=0.04, freeze_last_layer=False)
@@ -235,6 +236,8 @@ def test_loss_scaling_survives_overflow_and_grows():
     scaler = Scaler(torch.device("cpu"), enabled=True, scale=2.0**10)
     scaler.update(yes, no)
     assert scaler.state() == {"scale": 2.0**9, "good_steps": 0}
+    scaler.load_state(None)  # of a run in bf16
+    assert float(scaler.scale) == 2.0**9
     scaler.update(no, no)
     scaler.update(yes, yes)  # that step did not happen
     assert scaler.state() == {"scale": 2.0**9, "good_steps": 1}
@@ -246,7 +249,8 @@ def test_loss_scaling_survives_overflow_and_grows():
     assert float(scaler.scale) == 1.0
     off = Scaler(torch.device("cpu"), enabled=False)
     off.update(yes, no)
-    assert float(off.scale) == 1.0
+    off.load_state(scaler.state() | {"scale": 8.0})
+    assert float(off.scale) == 1.0 and off.state() is None
 
 
 def test_scaled_step_equals_unscaled_step():
@@ -334,7 +338,7 @@ def test_no_step_waits_for_the_device(optimizer, triton_device, monkeypatch):
     source = iter(list(itertools.islice(source, 8)))
     step.enqueue(source, schedule(4))  # states and tables are made in the first steps
     step.enqueue(source, schedule(5))
-    step.ring.take(every=True)
+    list(step.ring.take(every=True))
     with Reads() as reads, monkeypatch.context() as patch:
         for name in HOST_READS:  # also inside our operators, where the mode does not look
             patch.setattr(torch.Tensor, name, lambda x, n=name: reads.found.append(n))
@@ -350,4 +354,4 @@ def test_no_step_waits_for_the_device(optimizer, triton_device, monkeypatch):
         patch.undo()
         step.sums[0].item()
         assert reads.found == ["item", "aten._local_scalar_dense.default"]  # the counters count
-    assert not step.ring.take(every=True)[-1].skipped
+    assert not list(step.ring.take(every=True))[-1].skipped

@@ -231,3 +231,18 @@ def test_copies_are_refilled_in_place_and_follow_a_deepcopy() -> None:
     assert twin.low_precision is not None and not torch.equal(twin.low_precision, low)
     (other,) = attach_low_precision(layer, torch.float16).values()
     assert other.dtype == torch.float16 and other is layer.low_precision
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_hooks_see_features_without_gradients(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    norm, layer = nn.LayerNorm(16), Linear(16, 24)
+    x, seen = torch.randn(5, 16), []
+    layer.register_forward_hook(lambda module, args, out: seen.append(out))
+    with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+        trained = norm_linear(x, norm, layer)
+        with torch.no_grad():
+            evaluated = norm_linear(x, norm, layer)
+            hidden = gelu_linear(evaluated, Linear(24, 3))
+    assert len(seen) == 1 and seen[0] is evaluated and hidden.shape == (5, 3)
+    torch.testing.assert_close(evaluated, trained)
