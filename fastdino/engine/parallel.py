@@ -189,7 +189,8 @@ class GradientBuckets:
             parts = flat.split([p.numel() for p in bucket])
             sums = {p: part.view_as(p) for p, part in zip(bucket, parts, strict=True)}
             present = {p: p.grad for p in bucket if p.grad is not None}
-            torch._foreach_copy_(list(present.values()), [sums[p] for p in present])
+            if present:
+                torch._foreach_copy_(list(present.values()), [sums[p] for p in present])
             for parameter in bucket:
                 if parameter.grad is None:
                     parameter.grad = sums[parameter]
