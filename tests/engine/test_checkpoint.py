@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from crashing_disk import CrashingDisk
 
 from fastdino.engine import checkpoint
 from fastdino.engine.checkpoint import CheckpointError, Disk, latest, load, prune, save
@@ -38,35 +39,6 @@ def test_non_contiguous_and_16_bit_tensors_survive(tmp_path):
     tensors = {"t": torch.arange(12.0).reshape(3, 4).t(), "h": torch.randn(3).bfloat16()}
     model, _, _ = load(save(tmp_path, 1, tensors, {}, {}))
     assert torch.equal(model["t"], tensors["t"]) and torch.equal(model["h"], tensors["h"])
-
-
-class CrashingDisk(Disk):
-    """Dies before or after its n-th operation; a write that dies leaves half its bytes."""
-
-    def __init__(self, fail_at, after):
-        self.count, self.fail_at, self.after = 0, fail_at, after
-
-    def _run(self, operation, *arguments, half=None):
-        self.count += 1
-        if self.count == self.fail_at and not self.after:
-            if half:
-                half()
-            raise KeyboardInterrupt
-        operation(*arguments)
-        if self.count == self.fail_at:
-            raise KeyboardInterrupt
-
-    def make_directory(self, path):
-        self._run(super().make_directory, path)
-
-    def write(self, path, data):
-        self._run(super().write, path, data, half=lambda: path.write_bytes(data[: len(data) // 2]))
-
-    def sync_directory(self, path):
-        self._run(super().sync_directory, path)
-
-    def rename(self, source, target):
-        self._run(super().rename, source, target)
 
 
 @pytest.mark.parametrize("after", [False, True])

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from crashing_disk import CrashingDisk
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -116,38 +117,6 @@ def test_one_replica_writes_and_whole_tensors_are_written_once(tmp_path):
     assert_holds(path, 1.0)
     pieces = part(model, 0, 2)
     assert not save(tmp_path, 2, pieces, {}, META, rank=None, world_size=2, attempt="b").exists()
-
-
-class CrashingDisk(Disk):
-    """Dies before or after its n-th operation; a write that dies leaves half its bytes."""
-
-    def __init__(self, fail_at=0, after=False):
-        self.count, self.fail_at, self.after = 0, fail_at, after
-
-    def _run(self, operation, *arguments, half=None):
-        self.count += 1
-        if self.count == self.fail_at and not self.after:
-            if half:
-                half()
-            self.die()
-        operation(*arguments)
-        if self.count == self.fail_at:
-            self.die()
-
-    def die(self):
-        raise KeyboardInterrupt
-
-    def make_directory(self, path):
-        self._run(super().make_directory, path)
-
-    def write(self, path, data):
-        self._run(super().write, path, data, half=lambda: path.write_bytes(data[: len(data) // 2]))
-
-    def sync_directory(self, path):
-        self._run(super().sync_directory, path)
-
-    def rename(self, source, target):
-        self._run(super().rename, source, target)
 
 
 @pytest.mark.parametrize("after", [False, True])
@@ -437,6 +406,7 @@ def test_a_process_that_ends_does_not_wait_for_the_others(tmp_path):
 KILLED = """
 import importlib.util, os, signal, sys
 from pathlib import Path
+sys.path.insert(0, str(Path(sys.argv[1]).parents[1]))
 spec = importlib.util.spec_from_file_location("tests_of_checkpoints", sys.argv[1])
 t = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(t)
