@@ -1,6 +1,6 @@
 # make train   set up everything, pretrain a small ViT on demo images, evaluate it, write runs/demo/report.html
 # make test    set up everything, then lint, type checks and all tests
-# make bench   the benchmarks        make lint   ruff and mypy
+# make bench   main benchmarks       make lint   ruff and mypy
 # make build   recompile csrc/       make clean  remove what was built (not .venv, not runs)
 #
 # Variables: PYTHON (3.10 or later), VENV, CXX, TORCH (requirement), TORCH_INDEX_URL (where to look besides the usual
@@ -46,9 +46,7 @@ lint: $(VENV)/.dev
 	$(PY) -m mypy
 
 bench: $(VENV)/.run $(LIBRARY)
-	for file in bench/[a-z]*.py; do \
-	    if grep -q __main__ $$file; then $(PY) -m bench.$$(basename $$file .py) || exit 1; fi; \
-	done
+	for name in machine memory step loader multicrop kernels; do $(PY) -m bench.$$name || exit 1; done
 
 build: $(VENV)/.run
 	FASTDINO_BUILD=1 $(PY) setup.py --quiet build_csrc

@@ -1,6 +1,6 @@
 """Does the fast step learn what the plain one learns? The demo's training with both, over several seeds.
 
-python -m bench.convergence [--seeds 0 1 2] [--epochs N] [--images DIR] [--save]
+python -m bench.convergence [--seeds 0 1 2] [--epochs N] [--images DIR] [--jobs 2] [--save]
 
 Same images, crops, initial weights and schedules; one side is the trainer as it is, the other takes every
 step by `bench/eager_step.py` in fp32. Low-precision rounding makes two runs differ as two seeds do, so the
@@ -13,9 +13,11 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import multiprocessing
 import statistics
 import tempfile
 from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +55,7 @@ class PlainStep(TrainStep):
 
 def accuracy(config: Config, plain: bool) -> float:
     """k-NN top-1 in percent (k = 20) of the teacher at the end of a run."""
+    torch.set_num_threads(1)  # as the demo
     trainer = Trainer(config)
     if plain:
         trainer.engine.step = PlainStep(trainer.engine.step, config, trainer.schedule(0))
@@ -67,7 +70,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--epochs", type=int, help="none takes the demo's")
     parser.add_argument("--images", type=Path, help="demo images that were written before")
-    parser.add_argument("--side", choices=["both", "plain", "fast"], default="both")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
     parser.add_argument("--save", action="store_true", help="write bench/results/")
     args = parser.parse_args()
     say = Transcript()
@@ -76,20 +79,19 @@ def main() -> None:
         flags: dict[str, Any] = dict(preset="demo", logger="none", report=False, log_every=500)
         flags |= dict(data_path=images / "train", eval_data_path=images / "val", eval_every=0)
         flags |= {"epochs": args.epochs} if args.epochs else {}
-        sides = {"plain": True, "fast": False}
-        sides = sides if args.side == "both" else {args.side: sides[args.side]}
-        found: dict[str, list[float]] = {side: [] for side in sides}
-        for seed in args.seeds:
-            for side, plain in sides.items():
-                out = Path(scratch) / f"{side}-{seed}"
-                config = config_from_flags(**flags, seed=seed, output_dir=out)
-                found[side].append(accuracy(config, plain))
-                print(f"seed {seed}, {side} step: k-NN {found[side][-1]:.1f} %", flush=True)
-    say(
-        f"k-NN top-1 (k = 20) after {args.epochs or 'the demo preset'} epochs".replace(
-            "preset epochs", "preset"
-        )
-    )
+        runs = [(side, seed) for seed in args.seeds for side in ("plain", "fast")]
+        configs = [
+            config_from_flags(**flags, seed=seed, output_dir=Path(scratch) / f"{side}-{seed}")
+            for side, seed in runs
+        ]
+        found: dict[str, list[float]] = {"plain": [], "fast": []}
+        with ProcessPoolExecutor(args.jobs, multiprocessing.get_context("spawn")) as pool:
+            scores = pool.map(accuracy, configs, [side == "plain" for side, _ in runs])
+            for (side, seed), score in zip(runs, scores, strict=True):
+                found[side].append(score)
+                print(f"seed {seed}, {side} step: k-NN {score:.1f} %", flush=True)
+    length = f"{args.epochs} epochs" if args.epochs else "the demo preset"
+    say(f"k-NN top-1 (k = 20) after {length}")
     say("step   " + "".join(f"  seed {seed}" for seed in args.seeds) + "    mean  deviation")
     for side, values in found.items():
         spread = statistics.stdev(values) if len(values) > 1 else math.nan
