@@ -57,7 +57,7 @@ def run(out: Path, *, n_train: int = 4000, n_val: int = 1000, **flags: Any) -> d
     trainer = Trainer(config)
     trainer.fit()
     paths, masks = pair_masks(images / "val", images / "masks" / "val")
-    size = 2 * config.crops.global_crops_size  # a finer map than the crops of training give, as in the paper
+    size = config.crops.global_crops_size
     trained, device = trainer.method.teacher.backbone, trainer.world.device
     networks = {"untrained": _baseline_backbone(config).to(device), "trained": trained}
     scores = {
