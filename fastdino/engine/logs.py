@@ -82,12 +82,14 @@ def environment(world_size: int, device: torch.device) -> dict[str, Any]:
 
 
 def _cpu_name() -> str:
+    """With family and model: two generations may share a name, and differ by a factor in 16 bits."""
     try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return f"{line.partition(':')[2].strip()}, {os.cpu_count()} cores"
-    except OSError:
-        pass  # not Linux: the generic name below
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        facts = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
+        kind = f"family {facts['cpu family']}, model {facts['model']}"
+        return f"{facts['model name']} ({kind}), {os.cpu_count()} cores"
+    except (OSError, KeyError):
+        pass  # not Linux on x86: the generic name below
     return f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores"
 
 
