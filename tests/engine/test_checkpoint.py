@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from crashing_disk import CrashingDisk
 
+from crashing_disk import CrashingDisk
 from fastdino.engine import checkpoint
 from fastdino.engine.checkpoint import CheckpointError, Disk, latest, load, prune, save
 

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from runs import command, environment
 
 from fastdino.engine import checkpoint
+from runs import command, environment
 
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="looks for processes in /proc")
 

@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from crashing_disk import CrashingDisk
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from crashing_disk import CrashingDisk
 from fastdino.engine import checkpoint
 from fastdino.engine.checkpoint import CheckpointError, Disk, Piece, Saver, latest, load, save
 

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from runs import environment
 
 from fastdino.config import ConfigError, parse_mesh
+from runs import environment
 
 WORKER = Path(__file__).with_name("sharding_worker.py")
 ON_TWO = [

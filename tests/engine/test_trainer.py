@@ -10,11 +10,11 @@ import time
 
 import pytest
 import torch
-from runs import command, environment, train
 
 from fastdino.config import config_from_flags
 from fastdino.engine import checkpoint
 from fastdino.engine.trainer import Trainer
+from runs import command, environment, train
 
 
 def final(out):
