@@ -397,6 +397,10 @@ class Trainer:
 
     def _save(self, *, keep: bool) -> None:
         """Begin a checkpoint; it is written while training goes on."""
+        rank, writers = rows.writer(self.method)
+        attempt = str(parallel.broadcast_object(uuid.uuid4().hex[:8]))
+        if rank is None:
+            return
         meta = {
             "epoch": self.step // self.steps_per_epoch,
             "steps_per_epoch": self.steps_per_epoch,
@@ -408,13 +412,8 @@ class Trainer:
             "epoch_sums": self.sums,
             "keep": keep,
         }
-        rank, writers = rows.writer(self.method)
-        attempt = str(parallel.broadcast_object(uuid.uuid4().hex[:8]))
-        if rank is not None:
-            state, optimizer = self.engine.state(), self.engine.updater.state()
-            self.saver.start(
-                self.step, state, optimizer, meta, rank=rank, world_size=writers, attempt=attempt
-            )
+        state, optimizer = self.engine.state(), self.engine.updater.state()
+        self.saver.start(self.step, state, optimizer, meta, rank=rank, world_size=writers, attempt=attempt)
 
     def _evaluate(self, screen: Screen, curves: Curves, *, baseline: bool = False) -> None:
         """k-NN of the teacher on rank 0, unless it is known; ``baseline`` adds raw pixels (the teacher is
