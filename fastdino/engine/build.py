@@ -21,9 +21,11 @@ from fastdino.models.vit import VisionTransformer
 
 def compute_dtype(config: Config, device: torch.device) -> torch.dtype:
     """The type GEMMs run in: ``--precision``, or what the hardware is best at."""
-    choice = config.optim.precision
-    if not config.optim.use_fp16:
-        return torch.float32
+    return hardware_dtype(config.optim.precision, device) if config.optim.use_fp16 else torch.float32
+
+
+def hardware_dtype(choice: str, device: torch.device) -> torch.dtype:
+    """The type called ``choice``, fp32, bf16 or fp16; for auto the fastest one that ``device`` multiplies."""
     if choice != "auto":
         return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[choice]
     if device.type == "cuda":

@@ -1,0 +1,206 @@
+"""What the evaluation commands share: flags of the backbone, progress, results on screen and on disk.
+
+A command is a file in `commands/`: ``HELP`` (one line), ``add_arguments(parser)`` and ``run(flags) ->
+Result``. Nothing heavy is imported before the flags are understood, so imports of torch stand in ``run``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import os
+import shlex
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+
+    from fastdino.engine.parallel import World
+    from fastdino.models.vit import VisionTransformer
+
+
+@dataclass
+class Result:
+    """What one protocol measured on one network."""
+
+    figures: dict[str, float]
+    """Name -> value, accuracies and overlaps in percent. Names are stable: reports find them by name."""
+    lines: list[str]
+    """What is printed."""
+    settings: dict[str, Any] = field(default_factory=dict)
+    """What the figures depend on besides weights and data: image size, threshold, ..."""
+    pictures: dict[str, str] = field(default_factory=dict)
+    """File below the output folder -> caption."""
+    details: dict[str, Any] = field(default_factory=dict)
+    """More of it, as JSON: figures per class or sequence, curves."""
+
+
+def finish(protocol: str, result: Result, flags: argparse.Namespace, words: list[str], seconds: float) -> None:
+    """Print a result and, where there is an output folder, write it to ``<protocol>.json`` there."""
+    for line in result.lines:
+        print(line)
+    output = getattr(flags, "output_dir", None)
+    if output is None:
+        return
+    from fastdino.engine.logs import environment
+
+    record = {
+        "protocol": protocol,
+        **{key: value for key, value in asdict(result).items() if key != "lines"},
+        "weights": getattr(flags, "weights", None),
+        "data_path": getattr(flags, "data_path", None),
+        "command": shlex.join(["python", "-m", "fastdino.evaluation", protocol, *words]),
+        "seconds": round(seconds, 1),
+        "date": datetime.date.today().isoformat(),
+        "environment": environment(int(os.environ.get("WORLD_SIZE", "1")), device(flags)),
+    }
+    write_json(Path(output) / f"{protocol}.json", record)
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write a JSON file, whole or not at all, and the folders above it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    os.replace(temporary, path)
+
+
+# ------------------------------------------------------------------------------------------------------ flags
+
+
+def backbone_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags that choose a network and where it runs; `backbone` reads them."""
+    group = parser.add_argument_group("backbone")
+    group.add_argument(
+        "--weights",
+        "--pretrained_weights",
+        metavar="PATH",
+        help="run directory, checkpoint directory or official .pth file; 'random' is untrained",
+    )
+    group.add_argument("--arch", help="architecture, where the file does not say it (vit_small, ...)")
+    group.add_argument(
+        "--patch_size", type=positive, help="patch side in pixels, where the file does not say it"
+    )
+    group.add_argument(
+        "--checkpoint_key", default="teacher", help="network inside the checkpoint (default: teacher)"
+    )
+    device_argument(group)
+    for ignored in ("--dist_url", "--local_rank", "--local-rank"):
+        group.add_argument(ignored, help=argparse.SUPPRESS)
+
+
+def device_argument(parser: Any) -> None:
+    parser.add_argument(
+        "--device", default="auto", choices=("auto", "cpu", "cuda"), help="default: CUDA where there is"
+    )
+
+
+def output_argument(parser: argparse.ArgumentParser, default: str | None = None) -> None:
+    """--output_dir: where `finish` writes the result and the command its pictures."""
+    where = "the result is not written" if default is None else default
+    parser.add_argument("--output_dir", metavar="DIR", default=default, help=f"default: {where}")
+
+
+def loading_arguments(parser: argparse.ArgumentParser, batch_size: int = 128) -> None:
+    """Flags of commands that extract features."""
+    parser.add_argument(
+        "--batch_size_per_gpu", type=positive, default=batch_size, help=f"default: {batch_size} images"
+    )
+    parser.add_argument("--num_workers", type=int, default=0, help="decoding threads (default: one per core)")
+    parser.add_argument(
+        "--precision",
+        default="auto",
+        choices=("auto", "fp32", "bf16", "fp16"),
+        help="of the backbone; auto is the fastest 16-bit type that the hardware has",
+    )
+
+
+def positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"expected a positive number, got {text}")
+    return value
+
+
+def share(text: str) -> float:
+    value = float(text)
+    if not 0 < value <= 1:
+        raise argparse.ArgumentTypeError(f"expected a number in (0, 1], got {text}")
+    return value
+
+
+def boolean(text: str) -> bool:
+    if text.lower() in ("on", "true", "1"):
+        return True
+    if text.lower() in ("off", "false", "0"):
+        return False
+    raise argparse.ArgumentTypeError(f"expected true or false, got {text}")
+
+
+# ------------------------------------------------------------------------------------------------- what it uses
+
+
+def world(flags: argparse.Namespace) -> World:
+    """This process among those that torchrun started, or the only one."""
+    from fastdino.engine import parallel
+
+    return parallel.start(flags.device)
+
+
+def device(flags: argparse.Namespace) -> torch.device:
+    from fastdino.engine import parallel
+
+    return parallel.device_of(flags.device)
+
+
+def precision(flags: argparse.Namespace) -> torch.dtype:
+    """The type of --precision."""
+    from fastdino.engine.build import hardware_dtype
+
+    return hardware_dtype(flags.precision, device(flags))
+
+
+def backbone(flags: argparse.Namespace) -> VisionTransformer:
+    """The network of --weights, in evaluation mode on its device."""
+    if not flags.weights:
+        raise ValueError(
+            "--weights is required (run directory, checkpoint directory, official .pth file, or 'random')"
+        )
+    if flags.weights == "random":
+        import torch
+
+        from fastdino.config import ModelConfig
+        from fastdino.models import build_backbone
+
+        torch.manual_seed(0)
+        network = build_backbone(
+            ModelConfig(arch=flags.arch or "vit_small", patch_size=flags.patch_size or 16)
+        )
+    else:
+        from fastdino.engine.checkpoint import CheckpointError
+        from fastdino.interop.weights import load_backbone
+
+        try:
+            network = load_backbone(
+                flags.weights, arch=flags.arch, patch_size=flags.patch_size, key=flags.checkpoint_key
+            )
+        except CheckpointError as error:
+            raise ValueError(f"--weights: {error}") from error
+    return network.to(device(flags)).eval()
+
+
+@contextmanager
+def progress(text: str) -> Iterator[Callable[[int, int], None]]:
+    """A bar on a terminal; elsewhere nothing. Call it with (done, total)."""
+    from rich.console import Console
+    from rich.progress import Progress
+
+    console = Console(stderr=True)
+    with Progress(console=console, disable=not console.is_terminal) as bar:
+        task = bar.add_task(text, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)

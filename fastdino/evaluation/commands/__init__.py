@@ -1,0 +1,1 @@
+"""The command line of every protocol, one file each, see `fastdino.evaluation.command`."""
