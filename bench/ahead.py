@@ -45,7 +45,11 @@ def compile_ahead(launch: Launch, capability: int) -> Compiled:
     compiled = triton.compile(
         source,
         target=GPUTarget("cuda", capability, 32),
-        options={"num_warps": launch.num_warps, "num_stages": launch.num_stages},
+        options={
+            "num_warps": launch.num_warps,
+            "num_stages": launch.num_stages,
+            "enable_fp_fusion": launch.fp_fusion,
+        },
     )
     usage = _resource_usage(compiled.asm["cubin"])
     return Compiled(

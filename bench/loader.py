@@ -1,11 +1,17 @@
-"""The CPU data pipeline against the official one, from JPEG files to normalised crops in float32.
+"""The data pipeline against others, from JPEG files to normalised crops in float32.
 
-python -m bench.loader [--images FOLDER] [--rounds 5] [--demand IMG_S] [--save]
+python -m bench.loader [--images FOLDER] [--workers 1 2] [--rounds 5] [--solo_learn PATH] [--save]
 
 Official: Pillow and the transforms of DataAugmentationDINO, written here from their documentation, in a torch
-DataLoader with as many worker processes as the loader gets threads. First, crops of several images with equal
-parameters are compared: both are exact. Then the two take turns; a ratio is that of neighbours. Without a
-folder, random pictures with the spectrum of photographs are made (500 x 375, about 85 KB).
+DataLoader with as many worker processes as the others get threads. First, crops of several images with equal
+parameters are compared: its and ours are the same to the bit. DALI's own operations in one graph, and
+solo-learn's graph of them from a checkout, make other crops (marked by a star: colours and blur are not
+exact) and are there for their speed. All take turns; a ratio is that of neighbours. On a GPU the same is done
+there too: DALI decodes, then our Triton kernels or DALI's operations finish. Without a folder, random
+pictures with the spectrum of photographs are made (500 x 375, about 85 KB).
+
+Then the time of our pipeline by stages (`loader_stages`), and the memory that each provider takes in a
+process of its own (`loader_providers.memory`).
 
 Is the loader the bottleneck? Our rates are compared with the images per second that our training step takes,
 measured in the same run with as many local crops (on a CPU while the loader rests), or with --demand.
@@ -18,228 +24,42 @@ process and its workers, holds up better and is given too.
 from __future__ import annotations
 
 import argparse
-import itertools
-import math
-import os
-import random
 import statistics
 import tempfile
-import time
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from fastdino_kernels.multicrop import multicrop
-from PIL import Image, ImageEnhance, ImageFilter, ImageOps
-from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, RandomSampler
+from PIL import Image
 
+from bench import solo_learn
 from bench.harness import Transcript, interleave, save
+from bench.loader_providers import PROVIDERS, Figures, Setting, lacking, measure, peak
+from bench.loader_stages import stages, table
 from bench.machine import device
+from bench.official_crops import apply, view_sizes
 from bench.providers import Problem, standard, steps
-from fastdino.config import CropConfig
-from fastdino.data.augment import (
-    BRIGHTNESS,
-    COLUMNS,
-    CONTRAST,
-    FLIP,
-    GRAY,
-    HUE,
-    JITTER,
-    ORDER,
-    SATURATION,
-    SIGMA,
-    SOLARIZE,
-    crop_parameters,
-)
-from fastdino.data.loader import MultiCropLoader
-from fastdino.data.manifest import Manifest, build_manifest
+from fastdino.data.augment import crop_parameters
 
-MEAN = torch.tensor((0.485, 0.456, 0.406))[:, None, None]
-STD = torch.tensor((0.229, 0.224, 0.225))[:, None, None]
-ORDERS = tuple(itertools.permutations((BRIGHTNESS, CONTRAST, SATURATION, HUE)))
 CONTESTED = 0.1  # cores
 
 
-# ------------------------------------------------------------------------------------ the official transforms
-
-
-def uniform(low: float, high: float) -> float:
-    return torch.empty(1).uniform_(low, high).item()
-
-
-def draw(view: int, width: int, height: int, crops: CropConfig) -> np.ndarray:
-    """Random parameters of one crop as the transforms draw them, in the form of a row of
-    `crop_parameters`."""
-    row = np.zeros(COLUMNS)
-    scale = crops.global_crops_scale if view < 2 else crops.local_crops_scale
-    row[:4] = random_resized_crop(width, height, scale)
-    row[FLIP] = torch.rand(1).item() < 0.5
-    row[JITTER] = torch.rand(1).item() < 0.8
-    row[ORDER] = ORDERS.index(tuple(BRIGHTNESS + i for i in torch.randperm(4).tolist()))
-    row[BRIGHTNESS], row[CONTRAST] = uniform(0.6, 1.4), uniform(0.6, 1.4)
-    row[SATURATION], row[HUE] = uniform(0.8, 1.2), uniform(-0.1, 0.1)
-    row[GRAY] = torch.rand(1).item() < 0.2
-    p_blur = (1.0, 0.1)[view] if view < 2 else 0.5
-    row[SIGMA] = random.uniform(0.1, 2) if random.random() <= p_blur else 0
-    row[SOLARIZE] = view == 1 and random.random() < 0.2
-    return row
-
-
-def random_resized_crop(width: int, height: int, scale: tuple[float, float]) -> tuple[int, int, int, int]:
-    for _ in range(10):
-        area = width * height * uniform(*scale)
-        ratio = math.exp(uniform(math.log(3 / 4), math.log(4 / 3)))
-        w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
-        if 0 < w <= width and 0 < h <= height:
-            y = int(torch.randint(0, height - h + 1, (1,)).item())
-            return y, int(torch.randint(0, width - w + 1, (1,)).item()), h, w
-    w, h = min(width, round(height * 4 / 3)), min(height, round(width * 4 / 3))
-    return (height - h) // 2, (width - w) // 2, h, w
-
-
-def apply(image: Image.Image, row: np.ndarray, size: int) -> Tensor:
-    """One crop with Pillow: float32 [3, size, size]."""
-    y, x, h, w = (int(v) for v in row[:4])
-    crop = image.crop((x, y, x + w, y + h)).resize((size, size), Image.Resampling.BICUBIC)
-    if row[FLIP]:
-        crop = crop.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-    if row[JITTER]:
-        for column in ORDERS[int(row[ORDER])]:
-            crop = JITTERS[column](crop, float(row[column]))
-    if row[GRAY]:
-        luma = crop.convert("L")
-        crop = Image.merge("RGB", (luma, luma, luma))
-    if row[SIGMA]:
-        crop = crop.filter(ImageFilter.GaussianBlur(float(row[SIGMA])))
-    if row[SOLARIZE]:
-        crop = ImageOps.solarize(crop)
-    pixels = torch.from_numpy(np.array(crop)).permute(2, 0, 1).contiguous()
-    return pixels.to(torch.float32).div(255).sub_(MEAN).div_(STD)
-
-
-def shift_hue(crop: Image.Image, turns: float) -> Image.Image:
-    hue, saturation, value = crop.convert("HSV").split()
-    shifted = np.array(hue) + np.array(int(turns * 255)).astype(np.uint8)
-    return Image.merge("HSV", (Image.fromarray(shifted), saturation, value)).convert("RGB")
-
-
-JITTERS: dict[int, Callable[[Image.Image, float], Image.Image]] = {
-    BRIGHTNESS: lambda crop, factor: ImageEnhance.Brightness(crop).enhance(factor),
-    CONTRAST: lambda crop, factor: ImageEnhance.Contrast(crop).enhance(factor),
-    SATURATION: lambda crop, factor: ImageEnhance.Color(crop).enhance(factor),
-    HUE: shift_hue,
-}
-
-
-def view_sizes(crops: CropConfig) -> list[int]:
-    return [crops.global_crops_size] * 2 + [crops.local_crops_size] * crops.local_crops_number
-
-
-class OfficialDataset(Dataset[list[Tensor]]):
-    """All crops of one file."""
-
-    def __init__(self, paths: list[str], crops: CropConfig) -> None:
-        self.paths, self.crops = paths, crops
-
-    def __len__(self) -> int:
-        return len(self.paths)
-
-    def __getitem__(self, index: int) -> list[Tensor]:
-        with open(self.paths[index], "rb") as file:
-            image = Image.open(file).convert("RGB")
-        return [
-            apply(image, draw(view, image.width, image.height, self.crops), size)
-            for view, size in enumerate(view_sizes(self.crops))
-        ]
-
-
-# --------------------------------------------------------------------------------------------- the comparison
-
-
-WARM_UP = 4  # batches: start-up, and whatever was loaded ahead meanwhile
-
-
-def official(manifest: Manifest, crops: CropConfig, batch: int, workers: int, n_batches: int) -> Figures:
-    dataset = OfficialDataset(manifest.paths, crops)
-    order = RandomSampler(dataset, replacement=True, num_samples=(n_batches + WARM_UP) * batch)
-    loader = DataLoader(dataset, batch, sampler=order, num_workers=workers, drop_last=True)
-    return measure(iter(loader), batch, n_batches)
-
-
-def ours(
-    manifest: Manifest,
-    crops: CropConfig,
-    batch: int,
-    workers: int,
-    n_batches: int,
-    *,
-    cache: bool,
-) -> Figures:
-    with MultiCropLoader(
-        manifest,
-        crops,
-        seed=0,
-        global_batch=batch,
-        micro_batch=batch,
-        num_threads=workers,
-        cache_decoded=cache,
-    ) as loader:
-        return measure(loader, batch, n_batches)
-
-
-Figures = dict[str, float]
-
-
-def measure(batches: Iterator[object], batch: int, n_batches: int) -> Figures:
-    """Images per second, CPU milliseconds per image, and the cores that other programs kept busy
-    meanwhile."""
-    for _ in range(WARM_UP):
-        next(batches)
-    busy, own, started = machine_cpu_seconds(), own_cpu_seconds(), time.perf_counter()
-    for _ in range(n_batches):
-        next(batches)
-    seconds = time.perf_counter() - started
-    own, busy = own_cpu_seconds() - own, machine_cpu_seconds() - busy
-    n = n_batches * batch
-    return {
-        "images_per_second": n / seconds,
-        "cpu_ms_per_image": 1000 * own / n,
-        "competing_cores": max(0.0, (busy - own) / seconds),
-    }
-
-
-def machine_cpu_seconds() -> float:
-    """CPU time that all programs have used since the machine started."""
-    user, nice, system, _, _, irq, softirq, steal = map(int, Path("/proc/stat").read_text().split()[1:9])
-    return (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK")
-
-
-def own_cpu_seconds() -> float:
-    """CPU time of this process and its children, those still running included."""
-    ticks = 0
-    for stat in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            fields = stat.read_text().rpartition(")")[2].split()
-        except (FileNotFoundError, ProcessLookupError):
-            continue  # it has just ended
-        if os.getpid() in (int(stat.parent.name), int(fields[1])):
-            ticks += int(fields[11]) + int(fields[12])
-    return ticks / os.sysconf("SC_CLK_TCK")
-
-
-def check_equal(manifest: Manifest, crops: CropConfig, n: int = 16) -> None:
+def check_equal(setting: Setting, n: int = 16) -> None:
     """Both give the same crops for the same parameters, or there is nothing to compare."""
-    images = [Image.open(path).convert("RGB") for path in manifest.paths[:n]]
+    crops = setting.crops
+    images = [Image.open(path).convert("RGB") for path in setting.manifest.paths[:n]]
     sizes = np.array([(image.height, image.width) for image in images])
     params = crop_parameters(0, 0, np.arange(len(images)), sizes, crops)
-    out = [torch.empty(len(images), 3, size, size) for size in view_sizes(crops)]
-    multicrop([np.asarray(image) for image in images], params, out=out)
-    for i, image in enumerate(images):
-        for view, crop in enumerate(out):
-            assert torch.equal(crop[i], apply(image, params[i, view], crop.shape[-1])), (i, view)
+    arrays = [np.asarray(image) for image in images]
+    for where in {"cpu", device().type}:
+        out = [torch.empty(len(images), 3, size, size, device=where) for size in view_sizes(crops)]
+        multicrop(arrays, params, out=out)
+        for i, image in enumerate(images):
+            for view, crop in enumerate(out):
+                expected = apply(image, params[i, view], crop.shape[-1])
+                assert torch.equal(crop[i].cpu(), expected), (where, i, view)
 
 
 def make_images(folder: Path, n: int) -> None:
@@ -256,41 +76,52 @@ def make_images(folder: Path, n: int) -> None:
         Image.fromarray(pixels).save(folder / f"{i:04}.jpg", quality=90)
 
 
-def compare(
-    manifest: Manifest, local_crops_number: int, args: argparse.Namespace, say: Transcript
-) -> dict[str, Any]:
-    crops = CropConfig((0.25, 1.0), local_crops_number, (0.05, 0.25))
-    check_equal(manifest, crops)
-    say(f"2 x 224 + {local_crops_number} x 96, batch {args.batch}, {args.workers} workers; equal crops")
-    setting = (manifest, crops, args.batch, args.workers, max(1, args.count // args.batch))
-    providers: dict[str, Callable[[], Figures]] = {
-        "official": lambda: official(*setting),
-        "fastdino": lambda: ours(*setting, cache=False),
-        "fastdino, decoded once": lambda: ours(*setting, cache=True),
-    }
-    rounds = [{name: run() for name, run in providers.items()} for _ in range(args.rounds)]
+def compare(setting: Setting, args: argparse.Namespace, say: Transcript) -> dict[str, Any]:
+    """All providers by turns, the stages of ours, the memory of each, and the verdict."""
+    check_equal(setting)
+    local, workers = setting.local_crops_number, setting.workers
+    say(f"2 x 224 + {local} x 96, batch {setting.batch}, {workers} workers or threads; equal crops but for *")
+    missing = {name: lacking(name, setting) for name in PROVIDERS}
+    names = [name for name in PROVIDERS if not missing[name]]
+    rounds = [{name: measure(name, setting) for name in names} for _ in range(args.rounds)]
     contested = sum(max(row[p]["competing_cores"] for p in row) > CONTESTED for row in rounds)
-    summary = {name: summarise_rounds(rounds, name) for name in providers}
-    say(
-        f"{'provider':24} {'img/s':>7} {'CPU ms/img':>11} {'speed-up':>9} {'min-max':>12} {'by CPU time':>12}"
-    )
-    for name, row in summary.items():
-        speed = f"{row['images_per_second']:7.0f} {row['cpu_ms_per_image']:11.2f} {row['speedup']:8.2f}x"
-        spread = f"{row['speedup_min']:6.2f}-{row['speedup_max']:.2f}"
-        say(f"{name:24} {speed} {spread} {row['cpu_speedup']:11.2f}x")
+    summary = {name: summarise_rounds(rounds, name) for name in names}
+    memory = {name: peak(name, setting) for name in names}
+    columns = f"{'img/s':>7} {'CPU ms/img':>11} {'speed-up':>9} {'min-max':>12} {'by CPU time':>12}"
+    say(f"{'provider':24} {columns} {'memory MB':>10}")
+    for name in PROVIDERS:
+        text = f"not measured: {missing[name]}" if missing[name] else line(summary[name], memory[name])
+        say(f"{name:24} {text}")
     say(f"{contested} of {args.rounds} rounds contested")
-    demand = args.demand or step_demand(local_crops_number, args, say)
-    for name in providers:
+    by_cpu = stages(setting, args.rounds)
+    by_gpu = stages(setting, args.rounds, gpu=True) if torch.cuda.is_available() else None
+    say(f"our stages, CPU time, {workers} threads\n{table(by_cpu)}")
+    said = "not measured: there is no GPU" if by_gpu is None else "\n" + table(by_gpu)
+    say(f"our stages on the GPU: {said}")
+    demand = args.demand or step_demand(local, args, say)
+    for name in names:
         if name.startswith("fastdino"):
-            say(verdict(name, summary[name]["images_per_second"], demand, local_crops_number))
+            say(verdict(name, summary[name]["images_per_second"], demand, local))
     say("")
     return {
-        "local_crops_number": local_crops_number,
+        "local_crops_number": local,
+        "workers": workers,
         "demand_images_per_second": demand,
         "contested_rounds": contested,
         "summary": summary,
+        "memory": memory,
+        "stages_ms": {"cpu": by_cpu, "gpu": by_gpu},
+        "not_measured": {name: why for name, why in missing.items() if why},
         "rounds": rounds,
     }
+
+
+def line(row: Figures, memory: dict[str, int]) -> str:
+    """A provider's figures in one line of the table."""
+    speed = f"{row['images_per_second']:7.0f} {row['cpu_ms_per_image']:11.2f} {row['speedup']:8.2f}x"
+    spread = f"{row['speedup_min']:6.2f}-{row['speedup_max']:.2f}"
+    on_gpu = f" + {memory['device_bytes'] / 1e6:.0f} on the GPU" if memory["device_bytes"] else ""
+    return f"{speed} {spread:>12} {row['cpu_speedup']:11.2f}x {memory['host_bytes'] / 1e6:10.0f}{on_gpu}"
 
 
 def step_demand(local: int, args: argparse.Namespace, say: Transcript) -> float:
@@ -338,9 +169,12 @@ def main() -> None:
     parser.add_argument("--images", help="folder of images; by default made on the spot")
     parser.add_argument("--locals", type=int, nargs="+", default=[8, 10], help="numbers of local crops")
     parser.add_argument("--batch", type=int, default=32)
-    parser.add_argument("--workers", type=int, default=2, help="processes there, threads here")
+    parser.add_argument(
+        "--workers", type=int, nargs="+", default=[1, 2], help="processes there, threads here"
+    )
     parser.add_argument("--count", type=int, default=640, help="images per round")
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--solo_learn", metavar="PATH", help="a checkout of vturrisi/solo-learn")
     parser.add_argument("--demand", type=float, metavar="IMG_S", help="of a step; else measured")
     parser.add_argument("--arch", default="vit_small", help="of that step, with 16 x 16 patches")
     parser.add_argument("--step_batch", type=int, help="images of that step; 64 on a GPU, 8 on a CPU")
@@ -349,13 +183,19 @@ def main() -> None:
     args = parser.parse_args()
     say = Transcript()
 
+    if args.solo_learn:
+        solo_learn.load(Path(args.solo_learn))  # a wrong path is told before anything is timed
     with tempfile.TemporaryDirectory() as folder:
         if not args.images:
             make_images(Path(folder), 320)
-        manifest = build_manifest(args.images or folder)
-        results = [compare(manifest, number, args, say) for number in args.locals]
+        images, n_batches = args.images or folder, max(1, args.count // args.batch)
+        results = [
+            compare(Setting(images, local, args.batch, workers, n_batches, args.solo_learn), args, say)
+            for local in args.locals
+            for workers in args.workers
+        ]
     if args.save:
-        print(save("loader", say, {"batch": args.batch, "workers": args.workers, "results": results}))
+        print(save("loader", say, {"batch": args.batch, "results": results}))
 
 
 if __name__ == "__main__":

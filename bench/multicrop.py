@@ -4,8 +4,9 @@ python -m bench.multicrop [--images FOLDER] [--rounds 15] [--save]
 
 Both get the same decoded images and the same parameters (the official distribution); first their crops are
 compared, which must be equal bit for bit. Then they take turns. The first table is all crops of every image
-(2 x 224 + 8 x 96) with everything that they draw. In the others each row applies one operation to every crop
-besides the first row's crop, resize and normalise; the last columns are what that operation costs alone.
+(2 x 224 + 8 x 96) with everything that they draw, on a GPU also by its kernels. In the others each row
+applies one operation to every crop besides the first row's crop, resize and normalise; the last columns are
+what that operation costs alone.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ from PIL import Image
 from torch import Tensor
 
 from bench.harness import Transcript, interleave, save, summarise, table
-from bench.loader import apply, view_sizes
+from bench.official_crops import apply, view_sizes
 from fastdino.config import CropConfig
 from fastdino.data.augment import crop_parameters
 
@@ -59,11 +60,16 @@ class Case:
     """Crops of the given views of all pictures, by Pillow and by us."""
 
     def __init__(
-        self, images: list[Image.Image], rows: np.ndarray, sizes: list[int], dtype: torch.dtype
+        self,
+        images: list[Image.Image],
+        rows: np.ndarray,
+        sizes: list[int],
+        dtype: torch.dtype,
+        device: str = "cpu",
     ) -> None:
         self.images, self.rows, self.sizes = images, np.ascontiguousarray(rows), sizes
-        self.arrays = [np.array(image) for image in images]
-        self.out = [torch.empty(len(images), 3, size, size, dtype=dtype) for size in sizes]
+        self.decoded = [torch.from_numpy(np.array(image)).to(device) for image in images]
+        self.out = [torch.empty(len(images), 3, size, size, dtype=dtype, device=device) for size in sizes]
 
     def pillow(self) -> list[Tensor]:
         return [
@@ -74,12 +80,12 @@ class Case:
         ]
 
     def fastdino(self) -> list[Tensor]:
-        multicrop(self.arrays, self.rows, out=self.out, num_threads=1)
+        multicrop(self.decoded, self.rows, out=self.out, num_threads=1)
         return self.out
 
     def compare(self) -> None:
         for theirs, ours in zip(self.pillow(), self.fastdino(), strict=True):
-            if not torch.equal(theirs.to(ours.dtype), ours):
+            if not torch.equal(theirs.to(ours.dtype), ours.cpu()):
                 raise SystemExit("multicrop: the crops differ from Pillow's")
 
 
@@ -101,13 +107,18 @@ def main() -> None:
     rows = crop_parameters(0, 0, np.arange(len(images)), heights_widths, crops)
     sizes = view_sizes(crops)
     whole = Case(images, rows, sizes, torch.float32)
-    half = Case(images, rows, sizes, torch.bfloat16)
-    providers = {"Pillow": whole.pillow, "fastdino": whole.fastdino, "fastdino, bfloat16": half.fastdino}
-    whole.compare()
-    half.compare()
+    sides = {"fastdino": whole, "fastdino, bfloat16": Case(images, rows, sizes, torch.bfloat16)}
+    if torch.cuda.is_available():
+        sides["fastdino, GPU"] = Case(images, rows, sizes, torch.float32, "cuda")
+        sides["fastdino, GPU, bfloat16"] = Case(images, rows, sizes, torch.bfloat16, "cuda")
+    for case in sides.values():
+        case.compare()
+    providers = {"Pillow": whole.pillow} | {name: case.fastdino for name, case in sides.items()}
     summary = {"all": summarise(interleave(providers, rounds=args.rounds), "Pillow")}
     say(f"all crops of {len(images)} images")
     say(table(summary["all"], dict.fromkeys(providers, len(images))))
+    if not torch.cuda.is_available():
+        say("fastdino, GPU: not measured, there is no GPU")
 
     plain = rows.copy()
     plain[..., [FLIP, JITTER, GRAY, SIGMA, SOLARIZE]] = 0

@@ -126,24 +126,24 @@ const uint8_t** box_rows(const Image& image, const Box& box, Scratch& s) {
     return rows;
 }
 
-void store(const uint8_t* line, int pitch, int size, int y, uint8_t* planes) {
-    const size_t count = static_cast<size_t>(size) * size;
-    for (int c = 0; c < 3; ++c) std::memcpy(planes + c * count + static_cast<size_t>(y) * size, line + c * pitch, size);
+void store(const uint8_t* line, int pitch, const Target& target, int y, uint8_t* planes) {
+    const size_t columns = target.columns, count = columns * target.rows;
+    for (int c = 0; c < 3; ++c) std::memcpy(planes + c * count + y * columns, line + c * pitch, columns);
 }
 
 }  // namespace
 
-void Weights::compute(int length, int outputs, bool reversed) {
-    size = outputs;
-    const double scale = static_cast<double>(length) / size, stretch = std::max(scale, 1.0);
+void Weights::compute(int length, int outputs, int begin, int wanted, bool reversed) {
+    size = wanted;
+    const double scale = static_cast<double>(length) / outputs, stretch = std::max(scale, 1.0);
     const double support = 2 * stretch;
     taps = (static_cast<int>(std::ceil(support)) * 2 + 1 + 3) / 4 * 4;
     first = first_.need(size);
     count = count_.need(size);
     value = value_.need(static_cast<size_t>(size) * taps);
     double* row = row_.need(taps);
-    for (int i = 0; i < size; ++i) {
-        const int o = reversed ? size - 1 - i : i;
+    for (int o = 0; o < size; ++o) {
+        const int i = reversed ? outputs - 1 - (begin + o) : begin + o;
         const double center = (i + 0.5) * scale;
         first[o] = std::max(static_cast<int>(center - support + 0.5), 0);
         count[o] = std::min(static_cast<int>(center + support + 0.5), length) - first[o];
@@ -156,38 +156,55 @@ void Weights::compute(int length, int outputs, bool reversed) {
     }
 }
 
-void resize(const Image& image, const Box& box, int size, bool flip, uint8_t* planes) {
+int Weights::trim(int* needed) {
+    const int start = *std::min_element(first, first + size);
+    *needed = 0;
+    for (int o = 0; o < size; ++o) {
+        first[o] -= start;
+        *needed = std::max(*needed, first[o] + count[o]);
+    }
+    return start;
+}
+
+void resize(const Image& image, const Box& box, const Target& target, uint8_t* planes) {
     static thread_local Scratch scratch;
     Scratch& s = scratch;
-    const int pitch = (size + 15) / 16 * 16;
-    s.across.compute(box.width, size, flip);
-    s.down.compute(box.height, size, false);
+    const int pitch = (target.columns + 15) / 16 * 16;
+    s.across.compute(box.width, target.width, target.left, target.columns, target.flip);
+    s.down.compute(box.height, target.height, target.top, target.rows, false);
+    Box part = box;
+    part.x += s.across.trim(&part.width);
+    part.y += s.down.trim(&part.height);
     Across across;
     Down down;
     prepare(s, across, down);
-    const uint8_t** rows = box_rows(image, box, s);
+    const uint8_t** rows = box_rows(image, part, s);
     const size_t line_bytes = 3 * static_cast<size_t>(pitch);
     uint8_t* line = s.line.need(line_bytes + kSlack);
 
-    if (box.height > size && box.height - size > 2 * (box.width - size)) {
-        const int bytes = 3 * box.width;
+    if (box.height > target.height && box.height - target.height > 2 * (box.width - target.width)) {
+        const int bytes = 3 * part.width;
         const size_t step = bytes + kSlack;
-        uint8_t* shorter = s.lines.need(step * size);
-        for (int y = 0; y < size; ++y) down(rows, s.down, s.down_packed, y, bytes, shorter + y * step);
-        for (int y = 0; y < size; ++y) {
+        uint8_t* shorter = s.lines.need(step * target.rows);
+        for (int y = 0; y < target.rows; ++y) down(rows, s.down, s.down_packed, y, bytes, shorter + y * step);
+        for (int y = 0; y < target.rows; ++y) {
             const uint8_t* row = shorter + y * step;
             across(&row, 1, s.across, s.across_packed, pitch, line);
-            store(line, pitch, size, y, planes);
+            store(line, pitch, target, y, planes);
         }
     } else {
-        uint8_t* narrower = s.lines.need(line_bytes * box.height + kSlack);
-        across(rows, box.height, s.across, s.across_packed, pitch, narrower);
-        for (int y = 0; y < box.height; ++y) rows[y] = narrower + y * line_bytes;
-        for (int y = 0; y < size; ++y) {
+        uint8_t* narrower = s.lines.need(line_bytes * part.height + kSlack);
+        across(rows, part.height, s.across, s.across_packed, pitch, narrower);
+        for (int y = 0; y < part.height; ++y) rows[y] = narrower + y * line_bytes;
+        for (int y = 0; y < target.rows; ++y) {
             down(rows, s.down, s.down_packed, y, static_cast<int>(line_bytes), line);
-            store(line, pitch, size, y, planes);
+            store(line, pitch, target, y, planes);
         }
     }
+}
+
+void resize(const Image& image, const Box& box, int size, bool flip, uint8_t* planes) {
+    resize(image, box, {size, size, 0, 0, size, size, flip}, planes);
 }
 
 }  // namespace fdk::crop

@@ -12,12 +12,27 @@ namespace fdk::crop {
 constexpr int kBits = 22;  // weights are in units of 2**-kBits
 constexpr size_t kSlack = 256;
 
+// A resize to height x width, of which rows x columns pixels from (top, left) are wanted; mirrored if flip.
+struct Target {
+    int height, width, top, left, rows, columns;
+    bool flip;
+};
+
+// The box of the image, antialiased bicubic, to the target: three planes of rows * columns bytes. Gives the bytes that a
+// resize of everything has there, for less work.
+void resize(const Image& image, const Box& box, const Target& target, uint8_t* planes);
+
 // Weight of input first[o] + t in output o: value[o * taps + t] for t < count[o]; zero up to taps, a multiple of 4.
 struct Weights {
     int size = 0, taps = 0;
     int *first = nullptr, *count = nullptr, *value = nullptr;
 
-    void compute(int length, int size, bool reversed);
+    // Of outputs begin ... begin + size - 1 of an axis that is resized from length to outputs.
+    void compute(int length, int outputs, int begin, int size, bool reversed);
+
+    // Takes the inputs that no output needs off the front; returns how many, and in `needed` how many are left but for
+    // those at the end.
+    int trim(int* needed);
 
 private:
     Buffer<int> first_, count_, value_;

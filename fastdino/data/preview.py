@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
-from fastdino_kernels.multicrop import IMAGENET_MEAN, IMAGENET_STD
+import torch
+from fastdino_kernels.backend import backend, interpreted, resolve
+from fastdino_kernels.multicrop import IMAGENET_MEAN, IMAGENET_STD, multicrop
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
@@ -23,6 +27,8 @@ HEADER, CAPTION = 46, 22
 BACKGROUND, INK, FAINT, FRAME = (250, 250, 248), (32, 33, 36), (128, 130, 134), (222, 222, 218)
 GLOBAL_COLORS = ((214, 74, 60), (38, 112, 194))
 LOCAL_COLOR = (250, 200, 60)
+AMPLIFIED = 64
+"""Times that differences between the crops of the CPU and of the GPU are shown."""
 
 
 def contact_sheet(
@@ -31,36 +37,69 @@ def contact_sheet(
     """Write a PNG with one row for each of the first `n` training images: the image, then all of its crops.
 
     The crops are those of the first epoch, un-normalised; the image shows where they were taken. With fewer
-    than `n` images the sheet has fewer rows. Raises ValueError if `n` is below 1.
+    than `n` images the sheet has fewer rows. Where there is a GPU, or the triton backend was chosen in
+    Triton's interpreter, two more rows of each image show the same crops made by the GPU's kernels, and how
+    they differ. Raises ValueError if `n` is below 1.
     """
     if n < 1:
         raise ValueError(f"--preview_crops: expected at least 1 image, got {n}")
     n = min(n, len(manifest))
-    loader = MultiCropLoader(
-        manifest, crops, seed=seed, global_batch=n, micro_batch=n, cache_decoded=False, prefetch=1
-    )
-    with loader:
-        batch = next(loader)
+    gpu = _gpu()
+    with backend("auto") if gpu is not None else nullcontext():
+        loader = MultiCropLoader(
+            manifest, crops, seed=seed, global_batch=n, micro_batch=n, cache_decoded=False, prefetch=1
+        )
+        with loader:
+            batch = next(loader)
     ids = batch.ids.numpy()
     originals = [decode(manifest.paths[i]) for i in ids]
     sizes = np.array([image.shape[:2] for image in originals])
     params = crop_parameters(seed, 0, ids, sizes, crops)
 
-    left = list(_columns(2 + crops.local_crops_number))
+    n_local = crops.local_crops_number
+    view_sizes = [crops.global_crops_size] * 2 + [crops.local_crops_size] * n_local
+    by_cpu = by_gpu = None
+    if gpu is not None:
+        by_cpu = _levels(originals, params, view_sizes)
+        by_gpu = _levels(originals, params, view_sizes, gpu)
+
+    left = list(_columns(len(view_sizes)))
     width = left[-1] + CELL + MARGIN
     row_height = CELL + CAPTION + GAP
-    sheet = Image.new("RGB", (width, 2 * MARGIN + HEADER + n * row_height - GAP), BACKGROUND)
+    lines = n if gpu is None else 3 * n
+    sheet = Image.new("RGB", (width, 2 * MARGIN + HEADER + lines * row_height - GAP), BACKGROUND)
     _draw_header(sheet, left, crops)
     for row, (sample, original) in enumerate(zip(ids, originals, strict=True)):
-        top = MARGIN + HEADER + row * row_height
+        top = MARGIN + HEADER + row * lines // n * row_height
         cells = [_with_boxes(original, params[row])]
         cells += [_to_image(batch.global_[view * n + row]) for view in range(2)]
         if batch.local is not None:
-            cells += [_to_image(batch.local[view * n + row]) for view in range(crops.local_crops_number)]
+            cells += [_to_image(batch.local[view * n + row]) for view in range(n_local)]
         for x, cell in zip(left, cells, strict=True):
             _paste(sheet, cell, x, top)
         _draw_captions(sheet, left, top + CELL + 4, _name(manifest, sample), original.shape, params[row])
+        if by_cpu is not None and by_gpu is not None:
+            pairs = [(cpu[row], gpu[row]) for cpu, gpu in zip(by_cpu, by_gpu, strict=True)]
+            _draw_comparison(sheet, left, top + row_height, row_height, pairs)
     sheet.save(Path(path), "PNG")
+
+
+def _gpu() -> torch.device | None:
+    """Where the GPU's kernels run, if they can."""
+    if torch.cuda.is_available():
+        return torch.device("cuda") if importlib.util.find_spec("triton") else None
+    return torch.device("cpu") if interpreted() and resolve(torch.empty(0)) == "triton" else None
+
+
+def _levels(
+    images: list[np.ndarray], params: np.ndarray, sizes: list[int], gpu: torch.device | None = None
+) -> list[np.ndarray]:
+    """The crops in 8 bits, [B, S, S, 3] for each view: by the CPU or, with a device, the GPU's kernels."""
+    device = torch.device("cpu") if gpu is None else gpu
+    out = [torch.empty(len(images), 3, size, size, device=device) for size in sizes]
+    with backend("auto" if gpu is None else "triton"):
+        multicrop(images, params, out=out, mean=(0, 0, 0), std=(1 / 255,) * 3)
+    return [view.round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy() for view in out]
 
 
 def _columns(n_views: int) -> Iterator[int]:
@@ -142,6 +181,27 @@ def _draw_captions(
         draw.rounded_rectangle((x, y + 3, x + 8, y + 11), 2, fill=color)
         text = f"{row[H] * row[W] / (shape[0] * shape[1]):.0%}{', flipped' if row[FLIP] else ''}"
         draw.text((x + 13, y), text, FAINT, font)
+
+
+def _draw_comparison(
+    sheet: Image.Image,
+    left: list[int],
+    top: int,
+    row_height: int,
+    pairs: Sequence[tuple[np.ndarray, np.ndarray]],
+) -> None:
+    """A row of the GPU's crops and one of their differences from the CPU's: pairs CPU, GPU, [S, S, 3]."""
+    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(11)
+    below = top + row_height
+    how = ",\ninterpreted" if interpreted() else ""
+    texts = [(top, f"The same crops by\nthe GPU's kernels{how}"), (below, f"Difference, {AMPLIFIED} times")]
+    for y, text in texts:
+        draw.multiline_text((left[0] + CELL, y + CELL // 2), text, INK, font, anchor="rm", align="right")
+    for x, (cpu, gpu) in zip(left[1:], pairs, strict=True):
+        difference = np.abs(cpu.astype(int) - gpu)
+        _paste(sheet, Image.fromarray(gpu), x, top)
+        _paste(sheet, Image.fromarray((difference * AMPLIFIED).clip(0, 255).astype(np.uint8)), x, below)
+        draw.text((x, below + CELL + 4), f"largest: {difference.max()} of 255", FAINT, font)
 
 
 def _name(manifest: Manifest, sample: int) -> str:

@@ -28,7 +28,6 @@ OPERATIONS = {  # name -> the C function behind its `cpu` backend
     "grad_square_sums": "fdk_sums_of_squares",
     "multicrop": "fdk_multicrop",
 }
-HOST_ONLY = ("multicrop",)
 
 
 def main() -> None:
@@ -50,8 +49,7 @@ def main() -> None:
     print(f"\n{'operation':<26}{'CPU tensors':<14}{'CUDA tensors'}")
     for operation, function in OPERATIONS.items():
         cpu = "cpu" if library is not None and hasattr(library, function) else "reference"
-        cuda = "host only" if operation in HOST_ONLY else "triton" if triton else "reference"
-        print(f"{operation:<26}{cpu:<14}{cuda}")
+        print(f"{operation:<26}{cpu:<14}{'triton' if triton else 'reference'}")
     print("\ncpu: compiled C++ kernels; triton: Triton kernels; reference: eager PyTorch, also for float64.")
 
 

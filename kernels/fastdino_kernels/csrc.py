@@ -12,7 +12,7 @@ import functools
 import warnings
 from pathlib import Path
 
-ABI = 2  # fdk_abi() of csrc/abi.cpp
+ABI = 3  # fdk_abi() of csrc/abi.cpp
 PATH = Path(__file__).with_name("libfastdino_cpu.so")
 
 

@@ -7,7 +7,8 @@ torchvision compute them, in 8 bits between the steps, so the result is the same
     brightness, contrast, saturation and hue in the order given, gray, Gaussian blur, solarize,
     (x / 255 - mean) / std
 
-`multicrop` runs the C++ kernels of `csrc/`; `multicrop_reference` is the same in numpy and the specification.
+`multicrop` runs the C++ kernels of `csrc/` or, for crops on a GPU, the Triton kernels of `gpu/multicrop.py`;
+`multicrop_reference` is the same in numpy and the specification.
 """
 
 from __future__ import annotations
@@ -54,22 +55,37 @@ def multicrop(
 ) -> None:
     """Fills `out` with V crops of each of n images.
 
-    `images`: n arrays or CPU tensors, uint8 [height, width, 3], contiguous, any sizes.
-    `params`: float32 [n, V, 16], see the columns above.
-    `out`: V contiguous CPU tensors [n, 3, S_v, S_v] of one dtype (float32, bfloat16, float16), S_v >= 1.
-    `mean`, `std`: per channel, of values in 0 ... 1. `num_threads`: 0 means `torch.get_num_threads()`.
+    `images`: n arrays or tensors, uint8 [height, width, 3], contiguous, any sizes, on the CPU or on the
+    device of `out`.
+    `params`: float32 [n, V, 16] on the CPU, see the columns above.
+    `out`: V contiguous tensors [n, 3, S_v, S_v] of one dtype (float32, bfloat16, float16) on one device, CPU
+    or CUDA, S_v >= 1.
+    `mean`, `std`: per channel, of values in 0 ... 1. `num_threads`, on a CPU: 0 means
+    `torch.get_num_threads()`.
 
-    The result does not depend on the number of threads. Raises TypeError or ValueError naming the argument.
+    On a GPU the work is queued on the current stream, and the host does not wait for it: until it is done
+    `images` there must stay as they are. Images of the host are uploaded, all in one copy; they and `params`
+    may change at once.
+
+    The result does not depend on the device, nor on the number of threads. Raises TypeError or ValueError
+    naming the argument.
     """
-    arrays, rows = _check(images, params, out, mean, std, num_threads)
-    if not arrays or not out:
+    rows = _check(images, params, out, mean, std, num_threads)
+    if not images or not out:
         return
-    lib = csrc.library() if resolve(out[0]) == "cpu" else None
+    table = _normalize_table(mean, std, out[0].dtype)
+    backend = resolve(out[0])
+    if backend == "triton":
+        from .gpu.multicrop import multicrop as on_gpu
+
+        on_gpu(images, rows, out, table)
+        return
+    arrays = [_array(image) for image in images]
+    lib = csrc.library() if backend == "cpu" else None
     if lib is None:
         _reference(arrays, rows, out, mean, std)
         return
     n, views = len(arrays), len(out)
-    table = _normalize_table(mean, std, out[0].dtype)
     code = lib.fdk_multicrop(
         ctypes.c_int64(n),
         (ctypes.c_void_p * n)(*(a.ctypes.data for a in arrays)),
@@ -94,8 +110,8 @@ def multicrop_reference(
     std: Sequence[float] = IMAGENET_STD,
 ) -> None:
     """`multicrop` in numpy: the specification, to the bit."""
-    arrays, rows = _check(images, params, out, mean, std, 0)
-    _reference(arrays, rows, out, mean, std)
+    rows = _check(images, params, out, mean, std, 0)
+    _reference([_array(image) for image in images], rows, out, mean, std)
 
 
 def _reference(
@@ -209,8 +225,13 @@ def saturation(crop: np.ndarray, factor: np.float32) -> np.ndarray:
 def hue(crop: np.ndarray, turns: np.float32) -> np.ndarray:
     """Adds turns * 255, truncated, to the 8-bit hue modulo 256, though a turn is 255: so does torchvision."""
     hsv = rgb_to_hsv(crop)
-    hsv[..., 0] += np.uint8(int(float(turns) * 255) % 256)
+    hsv[..., 0] += np.uint8(hue_shift(turns))
     return hsv_to_rgb(hsv)
+
+
+def hue_shift(turns: np.ndarray | np.float32) -> np.ndarray:
+    """What to add to the 8-bit hue, 0 ... 255."""
+    return (np.asarray(turns, np.float64) * 255).astype(np.int64) % 256
 
 
 def rgb_to_hsv(rgb: np.ndarray) -> np.ndarray:
@@ -244,7 +265,7 @@ def hsv_to_rgb(hsv: np.ndarray) -> np.ndarray:
 
 def gaussian_blur(crop: np.ndarray, sigma: np.float32) -> np.ndarray:
     """Three extended box filters (Gwosdek et al. 2011) along each axis, rounded to 8 bits; edges repeated."""
-    radius, inner, outer = box_filter(sigma)
+    radius, inner, outer = (int(v) for v in box_filter(sigma))
     for axis in (1, 0):
         lines = np.moveaxis(crop, axis, 0)
         at = np.clip(np.arange(len(lines))[:, None] + np.arange(-radius - 1, radius + 2), 0, len(lines) - 1)
@@ -256,17 +277,18 @@ def gaussian_blur(crop: np.ndarray, sigma: np.float32) -> np.ndarray:
     return crop
 
 
-def box_filter(sigma: np.float32) -> tuple[int, int, int]:
+def box_filter(sigma: np.ndarray | np.float32) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Integer radius of the box; weights of the values inside and of the two beyond, in units of 2**-24."""
-    f32 = np.float32
-    variance = f32(f32(sigma) * f32(sigma)) / f32(3)
-    length = f32(math.sqrt(12.0 * float(variance) + 1.0))
-    whole = f32(math.floor((float(length) - 1.0) / 2.0))
+    f32, f64 = np.float32, np.float64
+    sigma = np.asarray(sigma, f32)
+    variance = sigma * sigma / f32(3)
+    length = np.sqrt(12.0 * variance.astype(f64) + 1.0).astype(f32)
+    whole = np.floor((length.astype(f64) - 1.0) / 2.0).astype(f32)
     part = (f32(2) * whole + f32(1)) * (whole * (whole + f32(1)) - f32(3) * variance)
     part = part / (f32(6) * (variance - (whole + f32(1)) * (whole + f32(1))))
     extended = whole + part
-    radius = int(extended)
-    inner = int(f32(1 << 24) / (extended * f32(2) + f32(1)))
+    radius = extended.astype(np.int64)
+    inner = (f32(1 << 24) / (extended * f32(2) + f32(1))).astype(np.int64)
     return radius, inner, ((1 << 24) - (2 * radius + 1) * inner) // 2
 
 
@@ -283,10 +305,12 @@ def _check(
     mean: Sequence[float],
     std: Sequence[float],
     num_threads: int,
-) -> tuple[list[np.ndarray], np.ndarray]:
-    """The images as numpy arrays and the parameters as a contiguous one, once all is as documented."""
-    arrays = [_check_image(f"images[{i}]", image) for i, image in enumerate(images)]
-    _check_out(out, len(arrays))
+) -> np.ndarray:
+    """The parameters as a contiguous array, once all is as documented."""
+    _check_out(out, len(images))
+    device = out[0].device if out else torch.device("cpu")
+    for i, image in enumerate(images):
+        _check_image(f"images[{i}]", image, device)
     for name, triple in (("mean", mean), ("std", std)):
         if len(triple) != 3 or not all(math.isfinite(v) for v in triple):
             raise ValueError(f"{name}: expected 3 finite numbers, got {tuple(triple)}")
@@ -297,38 +321,48 @@ def _check(
     if num_threads < 0:
         raise ValueError(f"num_threads: expected 0 or more, got {num_threads}")
 
+    if isinstance(params, Tensor) and params.device.type != "cpu":
+        raise ValueError(f"params: expected a CPU tensor, got {params.device}")
     rows = params.detach().numpy() if isinstance(params, Tensor) else params
     if not isinstance(rows, np.ndarray) or rows.dtype != np.float32:
         got = rows.dtype if isinstance(rows, np.ndarray) else type(rows).__name__
         raise TypeError(f"params: expected float32, got {got}")
-    if rows.shape != (len(arrays), len(out), COLUMNS):
-        raise ValueError(f"params: expected shape {[len(arrays), len(out), COLUMNS]}, got {list(rows.shape)}")
-    _check_rows(rows, arrays)
-    return arrays, np.ascontiguousarray(rows)
+    if rows.shape != (len(images), len(out), COLUMNS):
+        raise ValueError(f"params: expected shape {[len(images), len(out), COLUMNS]}, got {list(rows.shape)}")
+    _check_rows(rows, images)
+    return np.ascontiguousarray(rows)
 
 
-def _check_image(name: str, image: np.ndarray | Tensor) -> np.ndarray:
+def _check_image(name: str, image: np.ndarray | Tensor, device: torch.device) -> None:
     if isinstance(image, Tensor):
-        if image.device.type != "cpu":
-            raise ValueError(f"{name}: expected a CPU tensor, got {image.device}")
-        image = image.detach().numpy()
-    if not isinstance(image, np.ndarray):
+        if image.device.type != "cpu" and image.device != device:
+            also = "" if device.type == "cpu" else f" or one on {device}, as out[0]"
+            raise ValueError(f"{name}: expected a CPU tensor{also}, got {image.device}")
+        contiguous = image.is_contiguous()
+    elif isinstance(image, np.ndarray):
+        contiguous = image.flags.c_contiguous
+    else:
         raise TypeError(f"{name}: expected a numpy array or a tensor, got {type(image).__name__}")
-    if image.dtype != np.uint8:
+    if image.dtype not in (np.uint8, torch.uint8):
         raise TypeError(f"{name}: expected uint8, got {image.dtype}")
     if image.ndim != 3 or image.shape[2] != 3 or 0 in image.shape:
         raise ValueError(f"{name}: expected shape [height, width, 3], got {list(image.shape)}")
-    if not image.flags.c_contiguous:
-        raise ValueError(f"{name}: expected a contiguous image, got strides {image.strides}")
-    return image
+    if not contiguous:
+        strides = image.stride() if isinstance(image, Tensor) else image.strides
+        raise ValueError(f"{name}: expected a contiguous image, got strides {strides}")
+
+
+def _array(image: np.ndarray | Tensor) -> np.ndarray:
+    return image.detach().cpu().numpy() if isinstance(image, Tensor) else image
 
 
 def _check_out(out: Sequence[Tensor], n: int) -> None:
     for v, tensor in enumerate(out):
         if not isinstance(tensor, Tensor):
             raise TypeError(f"out[{v}]: expected a tensor, got {type(tensor).__name__}")
-        if tensor.device.type != "cpu":
-            raise ValueError(f"out[{v}]: expected a CPU tensor, got {tensor.device}")
+        if tensor.device.type not in ("cpu", "cuda") or tensor.device != out[0].device:
+            expected = "a CPU or CUDA tensor, all views on one device"
+            raise ValueError(f"out[{v}]: expected {expected}, got {tensor.device}")
         if tensor.dtype not in DTYPES or tensor.dtype != out[0].dtype:
             one_of = ", ".join(str(d) for d in DTYPES)
             raise TypeError(f"out[{v}]: expected one of {one_of}, the same for all views, got {tensor.dtype}")
@@ -339,7 +373,7 @@ def _check_out(out: Sequence[Tensor], n: int) -> None:
             raise ValueError(f"out[{v}]: expected a contiguous tensor, got strides {tensor.stride()}")
 
 
-def _check_rows(rows: np.ndarray, arrays: list[np.ndarray]) -> None:
+def _check_rows(rows: np.ndarray, images: Sequence[np.ndarray | Tensor]) -> None:
     def require(good: np.ndarray, what: str) -> None:
         if not good.all():
             image, view = np.argwhere(~good)[0]
@@ -348,7 +382,7 @@ def _check_rows(rows: np.ndarray, arrays: list[np.ndarray]) -> None:
     require(np.isfinite(rows).all(-1), "expected finite numbers")
     box = rows[..., :4]
     require((box == np.floor(box)).all(-1), "expected a crop box y, x, h, w of whole pixels")
-    sides = np.array([a.shape[:2] for a in arrays], np.float32).reshape(-1, 1, 2)
+    sides = np.array([tuple(image.shape[:2]) for image in images], np.float32).reshape(-1, 1, 2)
     inside = (box[..., :2] >= 0) & (box[..., 2:] >= 1) & (box[..., :2] + box[..., 2:] <= sides)
     require(inside.all(-1), "expected a crop box y, x, h, w inside its image")
     require(rows[..., BRIGHTNESS : SATURATION + 1].min(-1) >= 0, "expected factors >= 0 in columns 6, 7, 8")

@@ -1,13 +1,123 @@
-"""bench/loader.py: whether the loader holds a step back."""
+"""bench/loader.py: what is compared is what it says, and whether the loader holds a step back."""
 
 from __future__ import annotations
 
 import argparse
+import sys
+from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
+from PIL import Image
 
+from bench import loader, loader_providers, solo_learn
 from bench.harness import Transcript
-from bench.loader import step_demand, verdict
+from bench.loader import compare, step_demand, verdict
+from bench.loader_providers import PROVIDERS, Setting, lacking, measure, memory
+from bench.loader_stages import STAGES, stages, table
+from fastdino.data.loader import Crops
+
+pytest.importorskip("nvidia.dali")
+NAMES = ["official", "fastdino", "fastdino, decoded once", "DALI's own *"]
+
+
+@pytest.fixture
+def setting(tmp_path: Path) -> Setting:
+    rng = np.random.default_rng(0)
+    for i in range(5):
+        pixels = rng.integers(0, 256, (30, 40 + i, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(tmp_path / f"{i}.jpg")
+    return Setting(str(tmp_path), 1, batch=2, workers=1, n_batches=2)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_providers_give_all_crops(setting: Setting, name: str) -> None:
+    with PROVIDERS[name](setting) as batches:
+        for _ in range(4):  # more than an epoch
+            batch = next(batches)
+    if isinstance(batch, Crops):
+        assert batch.local is not None
+        batch = [*batch.global_.split(2), *batch.local.split(2)]
+    assert [tuple(view.shape) for view in batch] == [(2, 3, s, s) for s in (224, 224, 96)]
+    assert all(view.dtype == torch.float32 and view.std() > 0.1 for view in batch)
+
+
+def test_what_cannot_be_measured(setting: Setting) -> None:
+    for name in PROVIDERS:
+        why = lacking(name, setting)
+        assert bool(why) == (name not in NAMES and not (torch.cuda.is_available() and "solo" not in name))
+        assert not why or why in ("there is no GPU", "no --solo_learn checkout")
+
+
+def test_measuring(setting: Setting) -> None:
+    figures = measure("fastdino", setting)
+    assert figures["images_per_second"] > 0 and figures["cpu_ms_per_image"] > 0
+    assert figures["competing_cores"] >= 0
+    held = np.ones(1 << 24, np.uint8)
+    before = loader_providers.own_bytes()
+    assert held.sum() == 1 << 24
+    del held
+    assert loader_providers.own_bytes() <= before - (1 << 23)
+    assert memory("fastdino", setting)["device_bytes"] >= 0
+
+
+def test_stages(setting: Setting) -> None:
+    found = stages(setting, 2)
+    assert list(found) == list(STAGES)
+    assert all(found[name] > 0 for name in ("read", "parameters", "write"))
+    text = table(dict.fromkeys(STAGES, 1.0) | {"decode": 4.0})
+    assert "decode          4.000    40%" in text and text.endswith("sum            10.000")
+
+
+def test_the_comparison(setting: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loader, "peak", lambda *_: {"host_bytes": 5_000_000, "device_bytes": 0})
+    monkeypatch.setattr(loader, "stages", lambda *_, **__: dict.fromkeys(STAGES, 1.0))
+    monkeypatch.setattr(
+        loader,
+        "measure",
+        lambda name, _: {
+            "images_per_second": 300.0 if name.startswith("fastdino") else 100.0,
+            "cpu_ms_per_image": 2.0,
+            "competing_cores": 0.0,
+        },
+    )
+    say = Transcript()
+    result = compare(setting, argparse.Namespace(rounds=2, demand=150.0), say)
+    (ours,) = [line for line in say.lines if line.startswith("fastdino  ")]
+    assert ours.split() == "fastdino 300 2.00 3.00x 3.00-3.00 1.00x 5".split()
+    (solo,) = [line for line in say.lines if line.startswith("solo-learn, DALI *")]
+    assert solo.endswith("not measured: no --solo_learn checkout")
+    assert (
+        result["not_measured"]["solo-learn, DALI *"]
+        and result["memory"]["official"]["host_bytes"] == 5_000_000
+    )
+    assert any("no, it is 2.0 times as fast" in line for line in say.lines)
+
+
+def test_crops_that_differ_are_not_timed(setting: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
+    loader.check_equal(setting)
+    monkeypatch.setattr(loader, "multicrop", lambda *_, out: [view.zero_() for view in out])
+    with pytest.raises(AssertionError):
+        loader.check_equal(setting)
+
+
+def test_solo_learn_is_loaded_without_what_it_trains_with(tmp_path: Path) -> None:
+    with pytest.raises(SystemExit, match=r"--solo_learn .*: expected a checkout of vturrisi/solo-learn"):
+        solo_learn.load(tmp_path)
+    folder = tmp_path / "solo" / "data"
+    folder.mkdir(parents=True)
+    (tmp_path / "solo" / "__init__.py").write_text("raise ImportError('not to be run')")
+    (folder / "temp_dali_fix.py").write_text("NUMBER = 3")
+    (folder / "dali_dataloader.py").write_text(
+        "import lightning.pytorch as pl\nimport omegaconf\n"
+        "from timm.data.constants import IMAGENET_DEFAULT_MEAN\n"
+        "from solo.data.temp_dali_fix import NUMBER\nfrom solo.utils.misc import omegaconf_select\n"
+        "class Module(pl.LightningDataModule):\n    config: omegaconf.DictConfig\n"
+    )
+    found = solo_learn.load(tmp_path)
+    assert found.NUMBER == 3 and found.IMAGENET_DEFAULT_MEAN[0] == 0.485
+    assert not any(name.split(".")[0] in ("solo", "omegaconf", "lightning") for name in sys.modules)
 
 
 def test_verdict() -> None:

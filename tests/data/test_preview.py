@@ -7,6 +7,7 @@ import pytest
 from PIL import Image
 
 from fastdino.config import CropConfig
+from fastdino.data import preview
 from fastdino.data.loader import MultiCropLoader
 from fastdino.data.manifest import Manifest, build_manifest
 from fastdino.data.preview import BACKGROUND, CAPTION, CELL, GAP, HEADER, MARGIN, contact_sheet
@@ -60,6 +61,24 @@ def test_any_number_of_images_and_crops(manifest, tmp_path, n, local, rows):
     width, height = Image.open(tmp_path / "crops.png").size
     assert height == 2 * MARGIN + HEADER + rows * (CELL + CAPTION + GAP) - GAP
     assert width > (3 + local) * CELL
+
+
+def test_beside_the_crops_of_the_gpu(manifest, tmp_path, triton_device, monkeypatch):
+    """Three rows for each image: the loader's crops, the GPU's, and their difference."""
+    crops = CropConfig(global_crops_size=CELL // 9, local_crops_size=CELL // 16, local_crops_number=1)
+
+    def rows() -> list[list[np.ndarray]]:
+        contact_sheet(manifest, crops, 5, 1, tmp_path / "crops.png")
+        sheet = np.asarray(Image.open(tmp_path / "crops.png"))
+        assert sheet.shape[0] == 2 * MARGIN + HEADER + 3 * (CELL + CAPTION + GAP) - GAP
+        return [[cell(sheet, row, x)[1:-1, 1:-1] for x in left_edges(sheet, 0)[-3:]] for row in range(3)]
+
+    for cpu, gpu, difference in zip(*rows(), strict=True):
+        assert np.abs(cpu - gpu).max() <= 1 and np.ptp(gpu) > 10 and (difference == 0).all()
+    levels = preview._levels
+    wrong = lambda *given: [view ^ (given[3:] != ()) for view in levels(*given)]  # noqa: E731
+    monkeypatch.setattr(preview, "_levels", wrong)
+    assert all((difference == preview.AMPLIFIED).all() for difference in rows()[2])
 
 
 def test_without_labels_and_with_tiny_images(tmp_path):

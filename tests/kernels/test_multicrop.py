@@ -418,7 +418,11 @@ BAD_VALUES = [
     ({"out": [torch.zeros(2, 3, 8, 8)]}, r"out\[0\]: expected shape"),
     ({"out": [torch.zeros(1, 3, 0, 0)]}, r"out\[0\]: expected shape .* S >= 1"),
     ({"out": [torch.zeros(1, 3, 8, 16)[..., ::2]]}, r"out\[0\]: expected a contiguous tensor"),
-    ({"out": [torch.zeros(1, 3, 8, 8, device="meta")]}, r"out\[0\]: expected a CPU tensor, got meta"),
+    (
+        {"out": [torch.zeros(1, 3, 8, 8, device="meta")]},
+        r"out\[0\]: expected a CPU or CUDA .* got meta",
+    ),
+    ({"params": torch.zeros(1, 1, COLUMNS, device="meta")}, "params: expected a CPU tensor, got meta"),
     ({"mean": (0.5, 0.5)}, "mean: expected 3 finite numbers"),
     ({"std": (1, 1, 0)}, "std: expected numbers > 0"),
     ({"num_threads": -1}, "num_threads: expected 0 or more, got -1"),

@@ -54,3 +54,4 @@ class Launch:
     bytes: int
     flops: int = 0
     capabilities: tuple[int, ...] = (70, 80, 90)
+    fp_fusion: bool = True  # whether products and sums may be contracted
