@@ -158,7 +158,7 @@ setup(
         "tensorboard>=2.16",
         "matplotlib>=3.8",
         "jinja2>=3.1",
-        "scikit-learn>=1.4",
+        "scikit-learn>=1.5",
     ],
     extras_require={
         "dali-cu12": ["nvidia-dali-cuda120>=1.50; platform_system == 'Linux'"],
@@ -172,6 +172,9 @@ setup(
         ],
         "cuda13": ["torch==2.13.0", "nvidia-dali-cuda130>=1.52; platform_system == 'Linux'"],
         "wandb": ["wandb>=0.18"],
+        "video": ["av>=12.0"],
+        "lmdb": ["lmdb>=1.4"],
+        "object-store": ["fsspec>=2023.5"],
         "dev": [
             "pytest>=8.0",
             "pytest-xdist>=3.5",
@@ -181,6 +184,9 @@ setup(
             "scipy>=1.12",
             "triton>=3.6,<3.8; platform_system == 'Linux'",
             "types-PyYAML",
+            "av>=12.0",
+            "lmdb>=1.4",
+            "fsspec>=2023.5",
         ],
     },
     distclass=BinaryDistribution,

@@ -1,9 +1,9 @@
-"""Which files are the data set: a list of paths, with labels where the layout has them.
+"""Which images are the data set: a list of paths, with labels where the layout has them.
 
-Three layouts are understood: a folder of class folders, each searched recursively (the rule of torchvision's
-ImageFolder), a flat folder without labels (images lie directly in it; its subfolders are searched too), and a
-text file with one path per line. Nothing is opened here except that text file; `prescan` looks inside the
-images.
+Three layouts of files are understood: a folder of class folders, each searched recursively (the rule of
+torchvision's ImageFolder), a flat folder without labels (images lie directly in it; its subfolders are
+searched too), and a text file with one path per line. Nothing is opened here except that text file; `prescan`
+looks inside the images. Images in containers (WebDataset, TFRecord, RecordIO, LMDB) come from `containers`.
 
 Paths are `str` with undecodable bytes as surrogates (`os.fsencode(path)` gives the bytes back); `printable`
 makes them safe to show.
@@ -14,10 +14,14 @@ from __future__ import annotations
 import os
 import stat
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
+
+from fastdino.data.remote import without_secrets
+from fastdino.data.samples import Members
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
 """File name endings taken as images, in any letter case: those of torchvision's ImageFolder."""
@@ -27,14 +31,15 @@ IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tif
 class Manifest:
     """The images of a data set, in a fixed order; a sample's index in it is its identity everywhere else."""
 
-    paths: list[str]
-    """One path per image; relative ones are relative to the current directory."""
+    paths: Sequence[str]
+    """One path per image; relative ones are relative to the current directory. `samples.read` reads them:
+    those of images in containers are no files."""
     labels: np.ndarray | None
     """int64 [n], indices into `class_names`; None for a data set without labels."""
     class_names: list[str]
     """Sorted class names; empty without labels."""
     root: str
-    """The folder or list file it was built from."""
+    """The folder, list file, pattern or URL it was built from."""
     sizes: np.ndarray | None = field(default=None, compare=False)
     """int32 [n, 2], height and width in pixels, known after `prescan`."""
 
@@ -44,7 +49,11 @@ class Manifest:
     def subset(self, indices: np.ndarray) -> Manifest:
         """The manifest of the images at `indices` (int [m]), in that order, with the same classes."""
         return Manifest(
-            paths=[self.paths[i] for i in indices],
+            paths=(
+                self.paths.select(indices)
+                if isinstance(self.paths, Members)
+                else [self.paths[i] for i in indices]
+            ),
             labels=None if self.labels is None else self.labels[indices],
             class_names=self.class_names,
             root=self.root,
@@ -52,8 +61,9 @@ class Manifest:
         )
 
 
-def build_manifest(data_path: str | os.PathLike[str]) -> Manifest:
-    """List the images under `data_path`: class folders, flat folder, or text file with one path per line.
+def build_manifest(data_path: str | os.PathLike[str], progress: bool = True) -> Manifest:
+    """List the images under `data_path`: class folders, flat folder, text file with one path per line, or
+    containers (`containers.build`), whose indexing shows a bar on a terminal if `progress`.
 
     Class folders: the sorted top-level folders are the classes (an empty one keeps its number, so that a
     training and a validation folder agree). Flat folder: one that holds images directly. Text file: paths
@@ -63,7 +73,12 @@ def build_manifest(data_path: str | os.PathLike[str]) -> Manifest:
     Raises FileNotFoundError if the path is missing or none of the listed files exists, and ValueError if
     there is no image, both naming ``--data_path`` and what was found there.
     """
+    from fastdino.data import containers  # which gives back a Manifest
+
     root = os.fspath(data_path)
+    found = containers.build(root, progress)
+    if found is not None:
+        return found
     try:
         mode = os.stat(root).st_mode
     except (FileNotFoundError, NotADirectoryError):
@@ -77,8 +92,8 @@ def build_manifest(data_path: str | os.PathLike[str]) -> Manifest:
 
 def printable(path: str) -> str:
     """`path` as text that any terminal or UTF-8 file takes: undecodable bytes and control characters
-    escaped."""
-    text = os.fsencode(path).decode("utf-8", "backslashreplace")
+    escaped, secrets in URLs left out."""
+    text = without_secrets(os.fsencode(path).decode("utf-8", "backslashreplace"))
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 

@@ -2,18 +2,17 @@
 rest.
 
 The decoder is nvImageCodec on the CPU, the one DALI uses, so what passes here decodes later. Verdicts are
-kept in `prescan.npz` by path, size and modification time: a second run over the same files opens none of
-them.
+kept in `prescan.npz` by path, size and modification time (those of the shard for an image in a container): a
+second run over the same files opens none of them.
 """
 
 from __future__ import annotations
 
 import logging
 import os
-import sys
 import threading
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -21,6 +20,9 @@ from typing import Any, NamedTuple, TypeVar
 import numpy as np
 
 from fastdino.data.manifest import Manifest, printable
+from fastdino.data.progress import track
+from fastdino.data.remote import is_url
+from fastdino.data.samples import read, stamp
 
 MAX_PIXELS = 178_956_970
 """Largest image accepted, judged by its header (Pillow's limit for decompression bombs, 512 MiB as RGB)."""
@@ -58,7 +60,7 @@ def prescan(
     """
     folder = Path(cache_dir)
     folder.mkdir(parents=True, exist_ok=True)
-    stamps = [_stamp(path) for path in manifest.paths]
+    stamps = [stamp(path) for path in manifest.paths]
     verdicts = _load_cache(folder / CACHE_NAME, manifest.paths, stamps)
     unknown = [i for i, verdict in enumerate(verdicts) if verdict is None]
     if unknown:
@@ -74,7 +76,7 @@ def prescan(
     if len(bad) == len(manifest):
         raise ValueError(
             f"--data_path: none of the {len(manifest)} images of {printable(manifest.root)} can be used; "
-            f"the first one: {_line(*bad[0])}; all are listed in {printable(str(folder / BAD_NAME))}"
+            f"the first one: {line(*bad[0])}; all are listed in {printable(str(folder / BAD_NAME))}"
         )
     good = np.array([i for i, verdict in enumerate(known) if not verdict.reason], np.int64)
     sizes = np.array([(verdict.height, verdict.width) for verdict in known], np.int32)
@@ -85,7 +87,7 @@ def prescan(
 
 
 def inspect(path: str) -> Verdict:
-    """Read and decode one file; never raises for what the file holds."""
+    """Read and decode one image; never raises for what it holds."""
     return _decode(path)[0]
 
 
@@ -96,43 +98,61 @@ def decode(path: str) -> np.ndarray:
     """
     verdict, image = _decode(path)
     if verdict.reason:
-        raise ValueError(_line(path, verdict.reason))
+        raise ValueError(line(path, verdict.reason))
     return np.asarray(image)
 
 
-def header_sizes(paths: list[str], num_threads: int = 0) -> np.ndarray:
+def decode_bytes(path: str) -> tuple[bytes, str, np.ndarray]:
+    """The encoded image, why it cannot be used (empty if it can), and its pixels as `decode` gives them."""
+    content, verdict, stream = _open(path)
+    if not verdict.reason:
+        verdict, image = _decode_stream(stream)
+    return content, verdict.reason, np.asarray(image) if not verdict.reason else np.zeros((0, 0, 3), np.uint8)
+
+
+def fetch(path: str) -> tuple[bytes, str]:
+    """The encoded image, and why it cannot be used as far as its header tells: empty if nothing is wrong."""
+    content, verdict, _ = _open(path)
+    return content, verdict.reason
+
+
+def header_sizes(paths: Sequence[str], num_threads: int = 0) -> np.ndarray:
     """Height and width of each image by its header alone: int32 [n, 2], zeros where there is none to read."""
 
     def size(path: str) -> tuple[int, int]:
-        verdict, stream = _open(path)
+        _, verdict, stream = _open(path)
         return (stream.height, stream.width) if not verdict.reason else (0, 0)
 
     sizes = [size for chunk in _map_chunks(size, paths, num_threads) for size in chunk]
     return np.array(sizes, np.int32).reshape(-1, 2)
 
 
-def _open(path: str) -> tuple[Verdict, Any]:
-    """Read a file and its header: a verdict and, if that is good, the encoded image."""
+def _open(path: str) -> tuple[bytes, Verdict, Any]:
+    """Read an image and its header: its bytes, a verdict and, if that is good, the encoded image."""
     try:
-        content = Path(path).read_bytes()
+        content = read(path)
     except OSError as error:
-        return Verdict(0, 0, f"cannot be read: {error.strerror}"), None
+        return b"", Verdict(0, 0, f"cannot be read: {error.strerror or error}"), None
     if not content:
-        return Verdict(0, 0, "empty file"), None
+        return content, Verdict(0, 0, "empty file"), None
     try:
         stream = import_nvimgcodec().CodeStream(content)
         height, width = stream.height, stream.width
     except RuntimeError:
-        return Verdict(0, 0, f"not an image, or cut short (the file starts with {content[:8]!r})"), None
+        reason = f"not an image, or cut short (the file starts with {content[:8]!r})"
+        return content, Verdict(0, 0, reason), None
     if height * width > MAX_PIXELS:
-        return Verdict(0, 0, f"{width} x {height} pixels, more than the limit of {MAX_PIXELS:,}"), None
-    return Verdict(height, width, ""), stream
+        reason = f"{width} x {height} pixels, more than the limit of {MAX_PIXELS:,}"
+        return content, Verdict(0, 0, reason), None
+    return content, Verdict(height, width, ""), stream
 
 
 def _decode(path: str) -> tuple[Verdict, Any]:
-    verdict, stream = _open(path)
-    if verdict.reason:
-        return verdict, None
+    _, verdict, stream = _open(path)
+    return (verdict, None) if verdict.reason else _decode_stream(stream)
+
+
+def _decode_stream(stream: Any) -> tuple[Verdict, Any]:
     nvimgcodec = import_nvimgcodec()
     image = _decoder(nvimgcodec).decode(stream, params=_decode_params(nvimgcodec))
     if image is None:
@@ -174,17 +194,17 @@ def _decode_params(nvimgcodec: Any) -> Any:
 
 
 def _scan(
-    paths: list[str], indices: list[int], num_threads: int, progress: bool
+    paths: Sequence[str], indices: list[int], num_threads: int, progress: bool
 ) -> Iterator[tuple[int, Verdict]]:
     """Verdicts of the files at `indices`, as they come in."""
     position = 0
     chunks = _map_chunks(inspect, [paths[i] for i in indices], num_threads)
-    for verdicts in _track(chunks, len(indices), progress):
+    for verdicts in track(chunks, len(indices), progress, "checking images", chunks=True):
         yield from zip(indices[position : position + len(verdicts)], verdicts, strict=True)
         position += len(verdicts)
 
 
-def _map_chunks(function: Callable[[str], T], paths: list[str], num_threads: int) -> Iterator[list[T]]:
+def _map_chunks(function: Callable[[str], T], paths: Sequence[str], num_threads: int) -> Iterator[list[T]]:
     """`function` of every path, computed by threads, in order and in chunks."""
     import_nvimgcodec()  # a missing package is an error here, not in a thread
     chunks = [paths[k : k + _CHUNK] for k in range(0, len(paths), _CHUNK)]
@@ -196,50 +216,32 @@ def _map_chunks(function: Callable[[str], T], paths: list[str], num_threads: int
             raise
 
 
-def _track(chunks: Iterator[list[T]], total: int, progress: bool) -> Iterator[list[T]]:
-    """The chunks, with a progress bar that counts what is in them."""
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    console = Console(stderr=True)
-    columns = (TextColumn("checking images"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, disable=not (progress and sys.stderr.isatty())) as bar:
-        task = bar.add_task("", total=total)
-        for chunk in chunks:
-            yield chunk
-            bar.advance(task, len(chunk))
-
-
 def _report(bad: list[tuple[str, str]], total: int, path: Path) -> None:
     if not bad:
         path.unlink(missing_ok=True)
         return
-    path.write_text("".join(_line(*entry) + "\n" for entry in bad), encoding="utf-8")
-    first = "".join(f"\n  {_line(*entry)}" for entry in bad[:10])
+    path.write_text("".join(line(*entry) + "\n" for entry in bad), encoding="utf-8")
+    first = "".join(f"\n  {line(*entry)}" for entry in bad[:10])
     log.warning(
         "%d of %d images cannot be used and are left out (all listed in %s):%s%s",
         len(bad), total, printable(str(path)), first, "\n  ..." if len(bad) > 10 else "",
     )  # fmt: skip
 
 
-def _line(path: str, reason: str) -> str:
+def line(path: str, reason: str) -> str:
+    """A bad image as messages and lists name it."""
     return f"{printable(path)}: {reason}"
 
 
 # ------------------------------------------------------------------------------------------------------ cache
 
 
-def _stamp(path: str) -> tuple[int, int]:
-    """Size and modification time; (-1, -1), which matches no cached entry, for a file that cannot be looked
-    at."""
-    try:
-        status = os.stat(path)
-    except OSError:
-        return -1, -1
-    return status.st_size, status.st_mtime_ns
+def _key(path: str) -> bytes:
+    key = os.fsencode(path if is_url(path) else os.path.abspath(path))
+    return key.replace(b"\0", b"\\0")  # as only keys of an LMDB may have it
 
 
-def _load_cache(path: Path, paths: list[str], stamps: list[tuple[int, int]]) -> list[Verdict | None]:
+def _load_cache(path: Path, paths: Sequence[str], stamps: list[tuple[int, int]]) -> list[Verdict | None]:
     """The verdicts that still hold, None for files that are new or have changed."""
     try:
         with np.load(path, allow_pickle=False) as cache:
@@ -253,9 +255,9 @@ def _load_cache(path: Path, paths: list[str], stamps: list[tuple[int, int]]) -> 
         return [None] * len(paths)
     cached = dict(zip(keys, zip(cached_stamps, sizes, reasons, strict=False), strict=False))
     verdicts: list[Verdict | None] = []
-    for name, stamp in zip(paths, stamps, strict=True):
-        entry = cached.get(os.fsencode(os.path.abspath(name)))
-        if entry is not None and tuple(entry[0]) == stamp != (-1, -1):
+    for name, now in zip(paths, stamps, strict=True):
+        entry = cached.get(_key(name))
+        if entry is not None and tuple(entry[0]) == now != (-1, -1):
             height, width = entry[1]
             verdicts.append(Verdict(height, width, entry[2]))
         else:
@@ -264,7 +266,7 @@ def _load_cache(path: Path, paths: list[str], stamps: list[tuple[int, int]]) -> 
 
 
 def _save_cache(
-    path: Path, paths: list[str], stamps: list[tuple[int, int]], verdicts: list[Verdict | None]
+    path: Path, paths: Sequence[str], stamps: list[tuple[int, int]], verdicts: list[Verdict | None]
 ) -> None:
     known = [i for i, verdict in enumerate(verdicts) if verdict is not None]
     found = [verdict for verdict in verdicts if verdict is not None]
@@ -272,7 +274,7 @@ def _save_cache(
     with open(temporary, "wb") as file:
         np.savez(
             file,
-            paths=np.frombuffer(b"\0".join(os.fsencode(os.path.abspath(paths[i])) for i in known), np.uint8),
+            paths=np.frombuffer(b"\0".join(_key(paths[i]) for i in known), np.uint8),
             stamps=np.array([stamps[i] for i in known], np.int64).reshape(-1, 2),
             sizes=np.array([verdict[:2] for verdict in found], np.int32).reshape(-1, 2),
             reasons=np.frombuffer("\0".join(verdict.reason for verdict in found).encode(), np.uint8),

@@ -14,13 +14,24 @@ from pathlib import Path
 import numpy as np
 
 from fastdino.data.manifest import Manifest, printable
+from fastdino.data.samples import Member, Members, Missing
 
 log = logging.getLogger(__name__)
 
 
 def names(manifest: Manifest) -> list[str]:
     """Paths relative to where the manifest was built from: the same wherever the data set is mounted."""
-    return [os.path.relpath(path, manifest.root) for path in manifest.paths]
+    if isinstance(manifest.paths, Members):
+        return list(manifest.paths.names(manifest.root))
+    return [_name(path, manifest.root) for path in manifest.paths]
+
+
+def _name(path: str, root: str) -> str:
+    if isinstance(path, Missing):
+        return str(path)
+    if isinstance(path, Member):
+        return f"{os.path.relpath(path.shard.path, root)}/{os.fsdecode(path.key)}"
+    return os.path.relpath(path, root)
 
 
 def write(manifest: Manifest) -> str:
@@ -47,8 +58,13 @@ def reconcile(found: Manifest, file: Path) -> Manifest:
     sizes = None
     if found.sizes is not None:
         sizes = np.array([found.sizes[index[n]] if n in index else (0, 0) for n in saved["names"]], np.int32)
+    paths: list[str]
+    if isinstance(found.paths, Members):
+        paths = [found.paths[index[name]] if name in index else Missing(name) for name in saved["names"]]
+    else:
+        paths = [os.path.normpath(os.path.join(found.root, name)) for name in saved["names"]]
     return Manifest(
-        paths=[os.path.normpath(os.path.join(found.root, name)) for name in saved["names"]],
+        paths=paths,
         labels=None if saved["labels"] is None else np.array(saved["labels"], np.int64),
         class_names=saved["classes"],
         root=found.root,

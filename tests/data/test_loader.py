@@ -221,7 +221,7 @@ def save_formats(root: Path) -> list[str]:
 def test_every_format_is_decoded_as_pillow_does(tmp_path):
     paths = save_formats(tmp_path)
     source = ImageSource(Manifest(paths, None, [], ""), lambda index: np.arange(len(paths)), len(paths), 2)
-    for path, image in zip(paths, source.next(), strict=True):
+    for path, image in zip(paths, source.next()[0], strict=True):
         np.testing.assert_array_equal(image, np.asarray(Image.open(path).convert("RGB")), err_msg=path)
 
 
@@ -230,7 +230,7 @@ def test_16_bit_gray_is_scaled_to_8_bit(tmp_path):
     values = np.linspace(0, 65535, 600).astype(np.uint16).reshape(20, 30)
     Image.fromarray(values).save(tmp_path / "a.png")
     source = ImageSource(Manifest([str(tmp_path / "a.png")], None, [], ""), lambda index: np.arange(1), 1, 1)
-    (image,) = source.next()
+    ((image,), _) = source.next()
     assert np.abs(image - (values / 257)[..., None]).max() <= 1
 
 
@@ -319,17 +319,36 @@ def test_a_file_removed_during_training_is_replaced(manifest, damaged):
     assert victim not in sum(ids[8:], []) and (victim + 1) % N in sum(ids, [])
 
 
-def test_too_many_unreadable_files_stop_the_run(damaged):
+def test_too_many_unreadable_files_stop_the_run(damaged, tmp_path):
     for path in damaged.paths[10:]:
         Path(path).write_bytes(b"")
-    with pytest.raises(
-        RuntimeError, match="--data_path: 11 of 30 images cannot be read, too many to replace; the last one"
-    ):
-        load(damaged, 10, cache_decoded=False)
+    listing = tmp_path / "bad_files.txt"
+    with pytest.raises(RuntimeError, match="--data_path: 11 of 30 images cannot be read, too many") as caught:
+        load(damaged, 10, cache_decoded=False, bad_files=listing)
+    listed = listing.read_text().splitlines()
+    assert len(listed) == 11 and all(f"\n  {entry}" in str(caught.value) for entry in listed)
+    assert f"all listed in {listing}" in str(caught.value)
+    with pytest.raises(RuntimeError, match="11 of 30 images cannot be read"):
+        load(damaged, 10, cache_decoded=False, bad_files=listing)
+    assert listing.read_text().splitlines() == listed  # each once
     for path in damaged.paths:
         Path(path).write_bytes(b"")
-    with pytest.raises(RuntimeError, match=r"of 30 images cannot be read, .*: empty file"):
+    with pytest.raises(
+        RuntimeError, match=r"of 30 images cannot be read, too many to replace:\n.*: empty file"
+    ):
         load(damaged, 10, cache_decoded=True)
+
+
+def test_of_many_unreadable_files_twenty_are_named_and_all_are_listed(tmp_path):
+    data = tmp_path / "data"
+    data.mkdir()
+    for i in range(300):
+        (data / f"{i:03}.jpg").write_bytes(b"")
+    listing = tmp_path / "bad_files.txt"
+    with pytest.raises(RuntimeError, match="31 of 300 images cannot be read") as caught:
+        load(build_manifest(data), 1, bad_files=listing)
+    assert str(caught.value).count("empty file") == 20 and str(caught.value).endswith("\n  ...")
+    assert len(set(listing.read_text().splitlines())) == 31
 
 
 def test_a_failure_of_dali_on_readable_files_is_raised_with_their_names(manifest, monkeypatch):
@@ -488,7 +507,7 @@ def test_a_large_data_set_is_not_opened_to_decide(manifest, monkeypatch):
 
 
 def test_the_memory_of_the_cache_is_said(manifest, caplog):
-    with caplog.at_level(logging.INFO, "fastdino.data.loader"):
+    with caplog.at_level(logging.INFO, "fastdino.data.decoding"):
         load(manifest, 1, cache_decoded=True)
     assert "30 images decoded into 0 MiB of memory" in caplog.text
 
