@@ -34,7 +34,7 @@ class Actions:
     """Start here."""
 
     preset: str | None = None
-    """Named set of flags, see --list_presets."""
+    """Named set of flags, see --list_presets (or --preset list)."""
     config: str | None = None
     """YAML file of flags, for instance the config.yaml of another run."""
     list_presets: bool = False
@@ -63,6 +63,8 @@ def parse(argv: Sequence[str]) -> tuple[Config, Actions]:
     layers.add_argument("--config", nargs="?")
     chosen, _ = layers.parse_known_args(argv)
     argv = ["--logger" + word[5:] if word == "--log" or word.startswith("--log=") else word for word in argv]
+    if chosen.preset == "list":
+        _print_and_stop(presets_table())
     try:
         base = layered(chosen.preset, chosen.config)
         line = tyro.cli(
@@ -136,7 +138,7 @@ def _without_training(config: Config, actions: Actions) -> int:
     if actions.preview_crops or config.data.data_path != Config().data.data_path:
         try:
             manifest = build_manifest(config.data.data_path)
-        except (ValueError, OSError) as error:
+        except (ValueError, OSError, ImportError) as error:
             fail(str(error))
     if actions.dry_run:
         result = estimate(config, None if manifest is None else len(manifest), launched_processes())
@@ -164,12 +166,13 @@ def fail(message: str, *, first_only: bool = True) -> NoReturn:
 
 
 def presets_table() -> str:
-    """Every preset: the paper's figure and the flags it changes."""
+    """Every preset: the paper's figure, the preset it is made of, if any, and the flags it changes there."""
     parts = []
-    for name, flags in PRESETS.items():
-        changes = " ".join(f"--{flag} {_words(value)}" for flag, value in flags().items())
-        lines = textwrap.wrap(changes, 96, break_on_hyphens=False)
-        parts.append("\n    ".join([name, str(flags.__doc__), *lines]))
+    for name, preset in PRESETS.items():
+        base = [] if preset.base is None else [f"--preset {preset.base}"]
+        changes = [f"--{flag} {_words(value)}" for flag, value in preset.delta.items()]
+        lines = textwrap.wrap(" ".join(base + changes), 96, break_on_hyphens=False)
+        parts.append("\n    ".join([name, preset.figure, *lines]))
     return "\n".join(parts)
 
 

@@ -38,11 +38,12 @@ class Monitor:
         self.active = config.eval_data_path is not None
         if config.eval_data_path is None:
             return
-        root = Path(config.eval_data_path)
-        pair = (root / "train").is_dir() and (root / "val").is_dir()
+        root = config.eval_data_path  # a folder, or what else --data_path takes
+        train, val = Path(root, "train"), Path(root, "val")
+        pair = train.is_dir() and val.is_dir()
         try:
-            bank = clean(build_manifest(root / "train")) if pair else training
-            queries = clean(build_manifest(root / "val" if pair else root))
+            bank = clean(build_manifest(train)) if pair else training
+            queries = clean(build_manifest(val if pair else root))
         except (ValueError, OSError) as error:
             raise ValueError(str(error).replace("--data_path", "--eval_data_path", 1)) from error
         if bank.labels is None or queries.labels is None:
@@ -59,7 +60,7 @@ class Monitor:
         if len(bank) > config.eval_bank_size:
             chosen = np.sort(np.random.default_rng(0).permutation(len(bank))[: config.eval_bank_size])
         of_bank = {name: index for index, name in enumerate(bank.class_names)}
-        self.bank_paths = [bank.paths[i] for i in chosen]
+        self.bank_paths = [bank.paths[i] for i in chosen.tolist()]
         self.bank_labels = torch.from_numpy(bank.labels[chosen])
         self.query_paths = list(queries.paths)
         self.query_labels = torch.tensor([of_bank[queries.class_names[label]] for label in queries.labels])

@@ -11,31 +11,53 @@ import os
 import sys
 import time
 
-from fastdino.evaluation.command import finish
+from fastdino.evaluation.command import finish, first
 
 PROTOCOLS = (
     "knn",
+    "linear",
+    "logistic",
+    "finetune",
     "attention",
     "jaccard",
+    "pca",
+    "neighbours",
+    "tsne",
+    "collapse",
+    "throughput",
+    "retrieval",
+    "copydetection",
+    "davis",
+    "report",
 )
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run one evaluation; the exit code is 0, or 2 after a one-line message about a flag or a file."""
     words = sys.argv[1:] if arguments is None else arguments
-    flags = _parser().parse_args(words)
-    started = time.monotonic()
+    flags = parser().parse_args(words)
     try:
-        result = flags.run(flags)
-        if os.environ.get("RANK", "0") == "0":
-            finish(flags.protocol, result, flags, words[1:], time.monotonic() - started)
+        run(flags, words)
     except (OSError, ValueError) as error:
         print(f"python -m fastdino.evaluation {flags.protocol}: {error}", file=sys.stderr)
         return 2
+    if "WORLD_SIZE" in os.environ:
+        from fastdino.engine import parallel
+
+        parallel.stop()
     return 0
 
 
-def _parser() -> argparse.ArgumentParser:
+def run(flags: argparse.Namespace, words: list[str]) -> None:
+    """Run the protocol that ``words`` name, of which ``flags`` were read, and say what it measured."""
+    started = time.monotonic()
+    result = flags.run(flags)
+    if first():
+        finish(flags.protocol, result, flags, words[1:], time.monotonic() - started)
+
+
+def parser() -> argparse.ArgumentParser:
+    """Of all protocols."""
     parser = argparse.ArgumentParser(
         prog="python -m fastdino.evaluation",
         description="Evaluate a backbone. Under torchrun the protocols that read many images share the work.",

@@ -11,17 +11,20 @@ import datetime
 import json
 import os
 import shlex
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 if TYPE_CHECKING:
     import torch
+    from torch import nn
 
     from fastdino.engine.parallel import World
-    from fastdino.models.vit import VisionTransformer
+    from fastdino.models import Backbone
+
+T = TypeVar("T")
 
 
 @dataclass
@@ -40,8 +43,12 @@ class Result:
     """More of it, as JSON: figures per class or sequence, curves."""
 
 
-def finish(protocol: str, result: Result, flags: argparse.Namespace, words: list[str], seconds: float) -> None:
-    """Print a result and, where there is an output folder, write it to ``<protocol>.json`` there."""
+def finish(
+    protocol: str, result: Result, flags: argparse.Namespace, words: list[str], seconds: float
+) -> None:
+    """Print a result and, where there is an output folder, write it to ``<protocol>.json`` there, or, of a
+    named data set, to ``<protocol>.<dataset>.json``.
+    """
     for line in result.lines:
         print(line)
     output = getattr(flags, "output_dir", None)
@@ -52,14 +59,21 @@ def finish(protocol: str, result: Result, flags: argparse.Namespace, words: list
     record = {
         "protocol": protocol,
         **{key: value for key, value in asdict(result).items() if key != "lines"},
+        "network": getattr(flags, "network", None),
         "weights": getattr(flags, "weights", None),
         "data_path": getattr(flags, "data_path", None),
-        "command": shlex.join(["python", "-m", "fastdino.evaluation", protocol, *words]),
+        "command": written_as([protocol, *words]),
         "seconds": round(seconds, 1),
         "date": datetime.date.today().isoformat(),
         "environment": environment(int(os.environ.get("WORLD_SIZE", "1")), device(flags)),
     }
-    write_json(Path(output) / f"{protocol}.json", record)
+    dataset = result.settings.get("dataset")
+    write_json(Path(output) / f"{protocol}{f'.{dataset}' if dataset else ''}.json", record)
+
+
+def written_as(words: list[str]) -> str:
+    """The command line of a protocol and its flags."""
+    return shlex.join(["python", "-m", "fastdino.evaluation", *words])
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -73,13 +87,14 @@ def write_json(path: Path, content: Any) -> None:
 # ------------------------------------------------------------------------------------------------------ flags
 
 
-def backbone_arguments(parser: argparse.ArgumentParser) -> None:
-    """The flags that choose a network and where it runs; `backbone` reads them."""
+def backbone_arguments(parser: argparse.ArgumentParser, several: bool = False) -> None:
+    """The flags that choose a network, or ``several``, and where it runs; `backbone` reads them."""
     group = parser.add_argument_group("backbone")
     group.add_argument(
         "--weights",
         "--pretrained_weights",
         metavar="PATH",
+        nargs="+" if several else None,
         help="run directory, checkpoint directory or official .pth file; 'random' is untrained",
     )
     group.add_argument("--arch", help="architecture, where the file does not say it (vit_small, ...)")
@@ -87,7 +102,9 @@ def backbone_arguments(parser: argparse.ArgumentParser) -> None:
         "--patch_size", type=positive, help="patch side in pixels, where the file does not say it"
     )
     group.add_argument(
-        "--checkpoint_key", default="teacher", help="network inside the checkpoint (default: teacher)"
+        "--checkpoint_key",
+        default="auto",
+        help="teacher or student; default auto: the teacher, the student of BYOL, MoCo-v2 and SwAV",
     )
     device_argument(group)
     for ignored in ("--dist_url", "--local_rank", "--local-rank"):
@@ -142,7 +159,7 @@ def boolean(text: str) -> bool:
     raise argparse.ArgumentTypeError(f"expected true or false, got {text}")
 
 
-# ------------------------------------------------------------------------------------------------- what it uses
+# ----------------------------------------------------------------------------------------------- what it uses
 
 
 def world(flags: argparse.Namespace) -> World:
@@ -165,7 +182,7 @@ def precision(flags: argparse.Namespace) -> torch.dtype:
     return hardware_dtype(flags.precision, device(flags))
 
 
-def backbone(flags: argparse.Namespace) -> VisionTransformer:
+def backbone(flags: argparse.Namespace) -> Backbone:
     """The network of --weights, in evaluation mode on its device."""
     if not flags.weights:
         raise ValueError(
@@ -191,16 +208,44 @@ def backbone(flags: argparse.Namespace) -> VisionTransformer:
             )
         except CheckpointError as error:
             raise ValueError(f"--weights: {error}") from error
+    flags.network = {
+        "name": network_name(network),
+        "parameters": sum(parameter.numel() for parameter in network.parameters()),
+    }
     return network.to(device(flags)).eval()
+
+
+def network_name(network: nn.Module) -> str:
+    """What the network is called in tables: vit_small/16, resnet50, ..., or its class for one of no name."""
+    from fastdino.config import ARCHITECTURES
+
+    if getattr(network, "name", None):
+        return str(network.name)
+    shape = tuple(getattr(network, side, None) for side in ("embed_dim", "depth", "num_heads"))
+    named = [name for name, known in ARCHITECTURES.items() if tuple(known) == shape]
+    patch = getattr(network, "patch_size", None)
+    name = named[0] if named else f"ViT {shape[0]}x{shape[1]}"
+    return f"{name}/{patch}" if patch else name
+
+
+def spread(items: Sequence[T], count: int) -> list[T]:
+    """``count`` of the items at equal distances, or all of fewer."""
+    count = min(count, len(items))
+    return [items[i * len(items) // count] for i in range(count)]
+
+
+def first() -> bool:
+    """Whether this is the first of the processes that torchrun started, or the only one."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 @contextmanager
 def progress(text: str) -> Iterator[Callable[[int, int], None]]:
-    """A bar on a terminal; elsewhere nothing. Call it with (done, total)."""
+    """A bar on the terminal of the first process; elsewhere nothing. Call it with (done, total)."""
     from rich.console import Console
     from rich.progress import Progress
 
     console = Console(stderr=True)
-    with Progress(console=console, disable=not console.is_terminal) as bar:
+    with Progress(console=console, disable=not (console.is_terminal and first())) as bar:
         task = bar.add_task(text, total=None)
         yield lambda done, total: bar.update(task, completed=done, total=total)

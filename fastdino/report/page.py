@@ -37,7 +37,7 @@ from fastdino.report.run import (
 if TYPE_CHECKING:
     import torch
 
-    from fastdino.models.vit import VisionTransformer
+    from fastdino.models import Backbone, VisionTransformer
 
 _MOST_IMAGES = 8
 _MOST_ROWS = 300  # of a table
@@ -46,7 +46,7 @@ _MOST_ROWS = 300  # of a table
 def write_report(
     run_dir: str | os.PathLike[str],
     *,
-    backbone: VisionTransformer | None = None,
+    backbone: Backbone | None = None,
     image_paths: Sequence[str | Path] = (),
     mask_paths: Sequence[str | Path] = (),
     device: torch.device | str = "cpu",
@@ -54,8 +54,9 @@ def write_report(
     """Write ``report.html`` into a run directory, in one step, and return its path.
 
     ``backbone`` (on ``device``) and up to eight held-out ``image_paths`` give the attention and feature
-    pictures; ``mask_paths``, one object mask per image, adds outlines and overlaps. Raises NotADirectoryError
-    if there is no run directory, ValueError if the number of masks differs from that of the images.
+    pictures, if it is a ViT; ``mask_paths``, one object mask per image, adds outlines and overlaps. Raises
+    NotADirectoryError if there is no run directory, ValueError if the number of masks differs from that of
+    the images.
     """
     root = Path(run_dir)
     if not root.is_dir():
@@ -66,12 +67,13 @@ def write_report(
         )
     run = Run.read(root)
     seen = None
-    if backbone is not None and image_paths:
+    vit = _vision_transformer(backbone)
+    if vit is not None and image_paths:
         seen = figures.strips(
-            backbone,
+            vit,
             image_paths[:_MOST_IMAGES],
             mask_paths[:_MOST_IMAGES],
-            side=_side(run, backbone.patch_size),
+            side=_side(run, vit.patch_size),
             device=device,
         )
     page = render(run, seen)
@@ -80,6 +82,15 @@ def write_report(
     temporary.write_text(page, encoding="utf-8", errors="replace")
     os.replace(temporary, path)
     return path
+
+
+def _vision_transformer(backbone: Backbone | None) -> VisionTransformer | None:
+    """``backbone`` if it has attention maps to show."""
+    if backbone is None:
+        return None
+    from fastdino.models import VisionTransformer
+
+    return backbone if isinstance(backbone, VisionTransformer) else None
 
 
 def _side(run: Run, patch: int) -> int:
@@ -92,9 +103,9 @@ def _side(run: Run, patch: int) -> int:
 def render(run: Run, seen: figures.Strips | None) -> str:
     """The whole page as text; ``seen`` are the pictures of held-out images, if any."""
     scores = read_scores(run)
-    template = _environment().from_string(_resource("page.html"))
+    template = environment().from_string(resource("page.html"))
     return template.render(
-        css=Markup(_resource("page.css")),
+        css=Markup(resource("page.css")),
         name=run.root.resolve().name or "run",
         written=time.strftime("%d %B %Y, %H:%M").lstrip("0"),
         facts=_facts(run),
@@ -118,11 +129,11 @@ def render(run: Run, seen: figures.Strips | None) -> str:
     )
 
 
-def _environment() -> Environment:
+def environment() -> Environment:
     return Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
 
 
-def _resource(name: str) -> str:
+def resource(name: str) -> str:
     return (resources.files("fastdino.report") / name).read_text(encoding="utf-8")
 
 
@@ -131,7 +142,7 @@ def _facts(run: Run) -> list[str]:
     config, environment, facts = run.config, run.environment, []
     if "arch" in config:
         arch = str(config["arch"]).replace("deit_", "vit_").replace("vit_", "ViT-").replace("_", "-")
-        facts.append(f"{arch}/{config.get('patch_size', '?')}")
+        facts.append(f"{arch}/{config.get('patch_size', '?')}" if arch.startswith("ViT-") else arch)
     if math.isfinite(number(environment.get("images"))):
         facts.append(f"{environment['images']:,} images")
     if math.isfinite(number(environment.get("global_batch"))):

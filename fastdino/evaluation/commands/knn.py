@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from fastdino.evaluation import command
 from fastdino.evaluation.command import Result
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from fastdino.data.manifest import Manifest
+    from fastdino.engine.parallel import World
 
 HELP = "Weighted k-nearest-neighbour classification of the images in val/, with train/ as memory bank."
 
@@ -33,6 +40,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=224,
         help="side of the center crop in pixels (default: 224)",
     )
+    parser.add_argument(
+        "--subset",
+        metavar="CHOICE",
+        help="1%%, 10%%, or a file of image names, one per line (SimCLR's lists), to take from train/",
+    )
     command.loading_arguments(parser)
     parser.add_argument(
         "--use_cuda",
@@ -41,7 +53,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="classify on the GPU where there is one (default: true)",
     )
     parser.add_argument(
-        "--dump_features", metavar="DIR", help="save features and labels there, as the official code does"
+        "--dump_features",
+        metavar="DIR",
+        help="save features and labels there, as the official code does; they are then no longer kept in "
+        "memory, and a run that was killed continues where it was",
     )
     parser.add_argument(
         "--load_features", metavar="DIR", help="read them from there; needs neither weights nor images"
@@ -50,57 +65,31 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(flags: argparse.Namespace) -> Result:
-    import torch
+    from fastdino.evaluation.features import share
+    from fastdino.evaluation.knn import knn_classify
 
-    from fastdino.data.manifest import build_manifest
-    from fastdino.evaluation.features import extract_features
-    from fastdino.evaluation.knn import knn_classify, matching_labels
-
-    names = ("trainfeat", "testfeat", "trainlabels", "testlabels")
+    if flags.subset and flags.load_features:
+        raise ValueError("--subset chooses images, but --load_features has none")
+    world = command.world(flags)
     if flags.load_features:
-        tensors = [_load_tensor(Path(flags.load_features, f"{name}.pth")) for name in names]
+        bank, queries, bank_labels, labels = _load(Path(flags.load_features))
+        own = share(len(bank), flags.batch_size_per_gpu, world)
+        bank = bank[own]
     else:
-        if not flags.data_path:
-            raise ValueError("--data_path is required (a folder with train/ and val/)")
-        root = Path(flags.data_path)
-        held_out = root / "val" if (root / "val").is_dir() or not (root / "test").is_dir() else root / "test"
-        train, test = build_manifest(root / "train"), build_manifest(held_out)
-        labels = matching_labels(train, test)
-        backbone = command.backbone(flags)
-        tensors = []
-        for manifest in (train, test):
-            with command.progress(f"features of {manifest.root}") as progress:
-                tensors.append(
-                    extract_features(
-                        backbone,
-                        manifest.paths,
-                        image_size=flags.image_size,
-                        device=command.device(flags),
-                        batch_size=flags.batch_size_per_gpu,
-                        num_threads=flags.num_workers,
-                        progress=progress,
-                    )
-                )
-        tensors += labels
-        if flags.dump_features:
-            folder = Path(flags.dump_features)
-            folder.mkdir(parents=True, exist_ok=True)
-            for name, tensor in zip(names, tensors, strict=True):
-                if name.endswith("feat"):  # the official code saves normalised features
-                    tensor = torch.nn.functional.normalize(tensor, dim=1)
-                torch.save(tensor, folder / f"{name}.pth")
-    bank, queries, bank_labels, query_labels = tensors
+        bank, queries, bank_labels, labels = _extract(flags, world)
+        own = share(len(bank_labels), flags.batch_size_per_gpu, world)
     result = knn_classify(
         bank,
-        bank_labels,
+        bank_labels[own],
         queries,
-        query_labels,
+        labels,
         flags.nb_knn,
         flags.temperature,
-        command.device(flags) if flags.use_cuda else torch.device("cpu"),
+        world.device if flags.use_cuda or world.size > 1 else "cpu",
+        world=world,
     )
     lines = [
-        f"{len(bank)} images in the memory bank, {len(queries)} held-out images, "
+        f"{len(bank_labels)} images in the memory bank, {len(queries)} held-out images, "
         f"{len(bank_labels.unique())} classes"
     ]
     lines += [
@@ -108,17 +97,71 @@ def run(flags: argparse.Namespace) -> Result:
     ]
     figures = {f"top1_k{k}": top1 for k, (top1, _) in result.items()}
     figures |= {f"top5_k{k}": top5 for k, (_, top5) in result.items()}
-    return Result(figures, lines, {"image_size": flags.image_size, "temperature": flags.temperature})
+    settings = {"image_size": flags.image_size, "temperature": flags.temperature}
+    if not flags.load_features:
+        settings["precision"] = str(command.precision(flags)).removeprefix("torch.")
+    if flags.subset:
+        settings["subset"] = flags.subset
+    return Result(figures, lines, settings)
 
 
-def _load_tensor(path: Path) -> Any:
-    import pickle
-
+def _extract(flags: argparse.Namespace, world: World) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """This process's part of the bank, all held-out features, the labels of the whole bank and of these."""
     import torch
 
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise FileNotFoundError(f"--load_features: no such file: {path}") from None
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        raise ValueError(f"--load_features: {path} does not hold a tensor: {error}") from error
+    from fastdino.evaluation.features import extract_features, share
+    from fastdino.evaluation.knn import matching_labels
+    from fastdino.evaluation.subsets import subset
+    from fastdino.evaluation.training import splits
+
+    train, test = splits(flags.data_path)
+    if flags.subset:
+        train = subset(train, flags.subset)
+    labels = matching_labels(train, test)
+    backbone = command.backbone(flags)
+    dump = Path(flags.dump_features) if flags.dump_features else None
+
+    def extract(manifest: Manifest, paths: Sequence[str], name: str, world: World | None) -> Tensor:
+        with command.progress(f"features of {manifest.root}") as progress:
+            return extract_features(
+                backbone,
+                paths,
+                image_size=flags.image_size,
+                device=command.device(flags),
+                batch_size=flags.batch_size_per_gpu,
+                num_threads=flags.num_workers,
+                dtype=command.precision(flags),
+                progress=progress if world is None or world.main else None,
+                normalized=True,  # as the official code saves them
+                file=dump and dump / f"{name}.pth",
+                world=world,
+            )
+
+    own = share(len(train), flags.batch_size_per_gpu, world)
+    queries = extract(test, test.paths, "testfeat", world)
+    if dump:
+        bank = extract(train, train.paths, "trainfeat", world)[own]
+    elif own.start < own.stop:
+        bank = extract(train, [train.paths[i] for i in range(own.start, own.stop)], "", None)
+    else:  # more processes than batches
+        bank = queries[:0]
+    if dump and world.main:
+        for name, tensor in zip(("trainlabels", "testlabels"), labels, strict=True):
+            torch.save(tensor, dump / f"{name}.pth")
+    return bank, queries, *labels
+
+
+def _load(folder: Path) -> list[Tensor]:
+    """Features of bank and held-out images, then their labels."""
+    from fastdino.evaluation.feature_file import load_mapped
+
+    tensors = []
+    for name in ("trainfeat", "testfeat", "trainlabels", "testlabels"):
+        path = folder / f"{name}.pth"
+        if not path.is_file():
+            raise FileNotFoundError(f"--load_features: no such file: {path}")
+        try:
+            tensors.append(load_mapped(path))
+        except ValueError as error:
+            raise ValueError(f"--load_features: {error}") from error
+    return tensors
