@@ -9,7 +9,17 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from fastdino.config import Config, ModelConfig, backbone_shape, parse_mesh, split_batch
+from fastdino import costs
+from fastdino.config import (
+    Config,
+    ModelConfig,
+    backbone_family,
+    backbone_shape,
+    feature_width,
+    parse_mesh,
+    split_batch,
+)
+from fastdino.switches import has_weight_norm, projector_widths, prototypes, queue_length, uses_predictor
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -70,8 +80,8 @@ def estimate(config: Config, images: int | None, world_size: int = 1) -> Estimat
         if config.optim.max_steps is not None:
             total_steps = min(total_steps, config.optim.max_steps)
     backbone = backbone_parameters(config.model, config.crops.global_crops_size)
-    head = head_parameters(config.model)
-    frozen = config.model.out_dim if config.model.norm_last_layer and config.model.bottleneck_dim else 0
+    head = _head(config)[0]
+    frozen = config.model.out_dim if config.model.norm_last_layer and has_weight_norm(config) else 0
     return Estimate(
         backbone_parameters=backbone,
         head_parameters=head,
@@ -91,7 +101,9 @@ def estimate(config: Config, images: int | None, world_size: int = 1) -> Estimat
 
 
 def backbone_parameters(model: ModelConfig, image_size: int = 224) -> int:
-    """Parameters of the ViT whose position embeddings cover ``image_size`` pixels."""
+    """Parameters of the backbone; the position embeddings of a ViT cover ``image_size`` pixels."""
+    if backbone_family(model.arch) != "vit":
+        return costs.parameters(model)
     width, depth, _ = backbone_shape(model)
     patch = model.in_chans * model.patch_size**2 * width + width
     positions = width + (_tokens(model, image_size)) * width  # class token, position embeddings
@@ -119,8 +131,10 @@ def flops_per_image(config: Config) -> float:
         (crops.local_crops_size, crops.local_crops_number, 0),
     ):
         patch, blocks = _forward_flops(config.model, size)
-        head = 2.0 * _head_products(config.model)[0]
-        total += student * (2 * patch + 3 * (blocks + head)) + teacher * (patch + blocks + head)
+        _, products, of_teacher = _head(config)
+        total += student * (2 * patch + 3 * (blocks + 2.0 * products))
+        if of_teacher is not None:
+            total += teacher * (patch + blocks + 2.0 * of_teacher)
     return total
 
 
@@ -128,21 +142,20 @@ def table(result: Estimate, config: Config) -> Table:
     """The estimate for a terminal."""
     from rich.table import Table
 
-    width, depth, heads = backbone_shape(config.model)
     crops, optim = config.crops, config.optim
     rows = Table(title="Dry run", show_header=False, title_justify="left")
     rows.add_column(style="bold", no_wrap=True)
     rows.add_column()
 
-    name = f"{config.model.arch}/{config.model.patch_size}"
-    shape = f"{name}: {depth} blocks, {width} wide, {heads} heads"
-    rows.add_row("Backbone", f"{result.backbone_parameters:,} parameters ({shape})")
-    rows.add_row("Head", f"{result.head_parameters:,} parameters ({config.model.out_dim:,} prototypes)")
+    rows.add_row("Backbone", f"{result.backbone_parameters:,} parameters ({_shape(config.model)})")
+    width = f"embeddings of {projector_widths(config, 0)[-1]}"
+    ends = f"{prototypes(config):,} prototypes" if prototypes(config) else width
+    rows.add_row("Head", f"{result.head_parameters:,} parameters ({ends})")
     rows.add_row("Trained", f"{result.trainable_parameters:,} parameters of the student")
-    views = [f"2 x {crops.global_crops_size}² ({_tokens(config.model, crops.global_crops_size)} tokens each)"]
+    views = [f"2 x {crops.global_crops_size}²{_note(config.model, crops.global_crops_size)}"]
     if crops.local_crops_number:
-        tokens = _tokens(config.model, crops.local_crops_size)
-        views.append(f"{crops.local_crops_number} x {crops.local_crops_size}² ({tokens} tokens each)")
+        note = _note(config.model, crops.local_crops_size)
+        views.append(f"{crops.local_crops_number} x {crops.local_crops_size}²{note}")
     rows.add_row("Crops", " + ".join(views))
     cost = f"{result.flops_per_image / 1e9:,.1f} G"
     rows.add_row("FLOPs per image", f"{cost} (student forward and backward, teacher forward)")
@@ -166,14 +179,25 @@ def table(result: Estimate, config: Config) -> Table:
     return rows
 
 
+def _shape(model: ModelConfig) -> str:
+    if backbone_family(model.arch) != "vit":
+        return f"{model.arch}: features {feature_width(model)} wide"
+    width, depth, heads = backbone_shape(model)
+    return f"{model.arch}/{model.patch_size}: {depth} blocks, {width} wide, {heads} heads"
+
+
+def _note(model: ModelConfig, size: int) -> str:
+    return f" ({_tokens(model, size)} tokens each)" if backbone_family(model.arch) == "vit" else ""
+
+
 def _tokens(model: ModelConfig, size: int) -> int:
-    """Tokens of a square crop, the class token included."""
+    """Tokens of a square crop in a ViT, the class token included."""
     return (size // model.patch_size) ** 2 + 1
 
 
 def _head_products(model: ModelConfig) -> tuple[int, int]:
     """``(weights of all linear layers of the head, width in front of the last one)``."""
-    width, _, _ = backbone_shape(model)
+    width = feature_width(model)
     weights = 0
     for _ in range(model.head_layers - 1):
         weights += width * model.head_hidden_dim
@@ -184,8 +208,41 @@ def _head_products(model: ModelConfig) -> tuple[int, int]:
     return weights + width * model.out_dim, width
 
 
+def _head(config: Config) -> tuple[int, int, int | None]:
+    """``(parameters, multiply-adds per view)`` of the student's head, and the latter of the teacher's: None
+    without a teacher.
+    """
+    switches, model = config.method, config.model
+    dino, width = switches.method == "dino", feature_width(config.model)
+    use_bn = model.use_bn_in_head if dino else True
+    if dino and switches.loss == "ce":
+        parameters, products = head_parameters(model), _head_products(model)[0]
+    else:
+        widths = projector_widths(config, width)
+        parameters, products = _mlp(widths, use_bn, last_bias=switches.method != "byol")
+        products += widths[-1] * prototypes(config)
+        parameters += widths[-1] * prototypes(config)
+    teacher = None if switches.method == "swav" else products
+    if uses_predictor(config):
+        d = projector_widths(config, width)[-1]
+        more = _mlp((d, switches.predictor_hidden_dim, d), use_bn, last_bias=switches.method != "byol")
+        parameters, products = parameters + more[0], products + more[1]
+    return parameters, products, teacher
+
+
+def _mlp(widths: tuple[int, ...], use_bn: bool, *, last_bias: bool) -> tuple[int, int]:
+    """``(parameters, multiply-adds)`` of an MLP with batch norm, if any, on its hidden layers."""
+    products = sum(a * b for a, b in zip(widths, widths[1:], strict=False))
+    hidden = sum(widths[1:-1])
+    return products + hidden + 2 * hidden * use_bn + widths[-1] * last_bias, products
+
+
 def _forward_flops(model: ModelConfig, size: int) -> tuple[float, float]:
-    """``(patch embedding, blocks)`` of one crop; per block linear layers 24 N D^2, attention 4 N^2 D."""
+    """``(what sees the pixels, the rest)`` of one crop; per block of a ViT linear layers 24 N D^2, attention
+    4 N^2 D.
+    """
+    if backbone_family(model.arch) != "vit":
+        return costs.costs(model, size, 0.0)[:2]
     width, depth, _ = backbone_shape(model)
     tokens = _tokens(model, size)
     patch = 2.0 * (tokens - 1) * width * model.in_chans * model.patch_size**2
@@ -210,24 +267,36 @@ def _state_bytes(config: Config, parameters: int, world_size: int) -> float:
     else:
         per_parameter = own / mesh[1] + (2 if half else 4)
     model = config.model
-    last_layers = 2 * 4 * model.out_dim * model.bottleneck_dim
-    return float(per_parameter * parameters + last_layers)
+    last_layers = 2 * 4 * model.out_dim * model.bottleneck_dim if has_weight_norm(config) else 0
+    queue = 4 * queue_length(config) * projector_widths(config, 0)[-1]
+    return float(per_parameter * parameters + last_layers + queue)
 
 
 def _activation_bytes(config: Config, batch: int) -> float:
-    """Crops, what every block keeps for its backward pass, and the row statistics of attention."""
-    width, depth, heads = backbone_shape(config.model)
+    """Crops and what the backbone keeps for its backward pass."""
     crops = config.crops
-    kept = (_KEPT_16_BIT if _half(config) else _KEPT_FP32)[config.engine.activation_checkpointing]
     total = 0.0
     for number, size in ((2, crops.global_crops_size), (crops.local_crops_number, crops.local_crops_size)):
-        pixels = 4.0 * config.model.in_chans * size**2
-        tokens = _tokens(config.model, size)
-        total += number * (pixels + depth * tokens * (kept * width + 4.0 * heads))
+        total += number * (4.0 * config.model.in_chans * size**2 + _kept_bytes(config, size))
     return batch * total
 
 
+def _kept_bytes(config: Config, size: int) -> float:
+    """Of one crop: what blocks keep and the row statistics of attention, or the maps of a ResNet."""
+    kept = (_KEPT_16_BIT if _half(config) else _KEPT_FP32)[config.engine.activation_checkpointing]
+    if backbone_family(config.model.arch) != "vit":
+        found = costs.costs(config.model, size, kept)
+        return found.kept_elements * (2 if _half(config) else 4) + found.kept_bytes
+    width, depth, heads = backbone_shape(config.model)
+    return depth * _tokens(config.model, size) * (kept * width + 4.0 * heads)
+
+
 def _loss_bytes(config: Config, batch: int) -> float:
-    """A share of what the fp32 logits of all student and teacher views would take."""
+    """A share of what the fp32 logits of all student and teacher views would take; all of them and as much
+    again for targets and gradients where the loss needs logits.
+    """
     rows = batch * (2 + config.crops.local_crops_number + 2)
-    return _LOSS_SHARE * 4 * rows * config.model.out_dim
+    stored = (
+        config.method.teacher_op != "center" or config.method.method == "swav" or not config.loss.teacher_temp
+    )
+    return (2.0 if stored else _LOSS_SHARE) * 4 * rows * prototypes(config)

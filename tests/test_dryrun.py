@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from fastdino.config import Config, config_from_flags, with_flags
+from fastdino.costs import costs
 from fastdino.dryrun import backbone_parameters, estimate, flops_per_image, head_parameters, table
 
 
@@ -25,6 +26,14 @@ def model(**flags: Any) -> Any:
         ("vit_small", 5, 22_067_712),
         ("vit_base", 16, 85_798_656),
         ("vit_base", 8, 85_807_872),
+        ("resnet50", 16, 23_508_032),
+        ("resnet50_w2", 16, 93_907_072),
+        ("resnet50_w4", 16, 375_378_176),
+        ("resnet50_w5", 16, 586_450_240),
+        ("swin_tiny_w7", 16, 27_519_354),
+        ("swin_tiny_w14", 16, 27_569_754),
+        ("swin_small", 16, 48_837_258),
+        ("swin_base_w14", 16, 86_917_944),
     ],
 )
 def test_backbone_parameters(arch: str, patch: int, expected: int) -> None:
@@ -91,6 +100,61 @@ def test_flops_per_image(local: int, expected: tuple[float, ...]) -> None:
         assert flops_per_image(config) / 1e9 == pytest.approx(gflop, abs=0.5 if gflop >= 1000 else 0.05)
 
 
+@pytest.mark.parametrize("size", [224, 96, 100])
+@pytest.mark.parametrize("arch", ["resnet50", "swin_tiny_w7", "swin_tiny_w14"])
+def test_flops_of_the_built_model(arch: str, size: int) -> None:
+    """torch counts what runs; of a Swin's windows with pads it also counts a key for the pads."""
+    import torch
+    from torch.utils.flop_counter import FlopCounterMode
+
+    from fastdino.models import build_backbone
+
+    config = model(arch=arch)
+    with torch.device("meta"):
+        backbone = build_backbone(config).eval()
+        images = torch.empty(1, 3, size, size)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        backbone(images)
+    assert sum(costs(config, size, 0.0)[:2]) == pytest.approx(counter.get_total_flops(), rel=2e-3)
+
+
+@pytest.mark.parametrize(
+    ("arch", "precision"), [("resnet50", "fp32"), ("resnet50", "bf16"), ("swin_tiny_w7", "fp32")]
+)
+def test_kept_activations_of_the_built_model(arch: str, precision: str) -> None:
+    """Against the bytes that autograd saves; attention matrices, which a Swin stores on a CPU, left out."""
+    import torch
+
+    from fastdino.models import build_backbone
+
+    config = with_flags(
+        Config(), {"arch": arch, "local_crops_number": 0, "precision": precision, "batch_size_per_gpu": 1}
+    )
+    backbone = build_backbone(config.model).train()
+    weights = {t.untyped_storage().data_ptr() for t in backbone.state_dict().values()}
+    copies = {tuple(p.shape) for p in backbone.parameters()}  # autocast's
+    found: dict[int, int] = {}
+
+    def count(x: torch.Tensor) -> torch.Tensor:
+        storage, copy = x.untyped_storage(), x.dtype == torch.bfloat16 and tuple(x.shape) in copies
+        if storage.data_ptr() not in weights and not copy and x.dtype != torch.int32:
+            found[storage.data_ptr()] = storage.nbytes()
+        return x
+
+    images = torch.randn(2, 3, 224, 224)
+    with (
+        torch.autograd.graph.saved_tensors_hooks(count, lambda x: x),
+        torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"),
+    ):
+        assert backbone(images).requires_grad
+    saved = sum(found.values())
+    if arch == "swin_tiny_w7":  # stage by stage: blocks, windows of two images, heads
+        saved -= sum(
+            n * 2 * w * h * 49**2 * 4 for n, w, h in [(2, 64, 3), (2, 16, 6), (6, 4, 12), (2, 1, 24)]
+        )
+    assert saved == pytest.approx(estimate(config, None).activation_bytes, rel=0.08)
+
+
 def test_steps() -> None:
     config = config_from_flags(preset="paper-100")
     result = estimate(config, 1_281_167, 16)
@@ -143,3 +207,44 @@ def test_table_shows_the_figures() -> None:
         assert figure in text
     console.print(table(estimate(config, None), config))
     assert "give --data_path" in console.export_text()
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        {"predictor": "on"},
+        {"loss": "mse", "use_bn_in_head": True, "predictor": "on"},
+        {"loss": "infonce", "queue_length": 128},
+        {"method": "byol"},
+        {"method": "byol", "predictor": "off", "arch": "resnet50"},
+        {"method": "mocov2", "hidden_mlp": 100, "feat_dim": 32},
+        {"method": "swav", "nmb_prototypes": 50},
+    ],
+    ids=str,
+)
+def test_heads_of_other_methods_are_counted_as_they_are_built(flags: dict[str, Any]) -> None:
+    import torch
+
+    from fastdino.methods import build_method
+
+    config = with_flags(Config(), {"out_dim": 512, "head_hidden_dim": 64} | flags)
+    result = estimate(config, None)
+    with torch.device("meta"):
+        student = build_method(config).student
+    assert result.head_parameters == sum(p.numel() for p in student.head.parameters())
+    trained = sum(p.numel() for p in student.parameters() if p.requires_grad)
+    assert result.trainable_parameters == trained
+
+
+def test_flops_of_predictor_projector_and_teacher() -> None:
+    def flops(**flags: Any) -> float:
+        return flops_per_image(with_flags(Config(), flags))
+
+    views, both = 10, 2  # a forward pass costs 2 per product, a backward pass twice that
+    predictor = flops(predictor="on") - flops(predictor="off")
+    assert predictor == pytest.approx(6 * views * 2 * 256 * 4096)
+    narrow, wide = (flops(method="byol", hidden_mlp=n) for n in (1000, 2000))
+    assert wide - narrow == pytest.approx((6 * views + 2 * both) * 1000 * (384 + 256))
+    swav = [flops(method="swav", nmb_prototypes=n) for n in (1000, 2000)]
+    assert swav[1] - swav[0] == pytest.approx(6 * views * 1000 * 128)  # and no teacher
+    assert flops(method="swav", hidden_mlp=4096, feat_dim=256) < flops(method="byol", predictor="off")

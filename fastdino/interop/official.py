@@ -4,11 +4,11 @@
     python -m fastdino.interop.official import in.pth OUTPUT_DIR
 
 A training file is a dictionary: ``student`` (every name behind ``module.``), ``teacher`` (bare names; behind
-``module.`` too if the head has batch norm), ``optimizer`` (two groups, parameters numbered in the order of
-the groups), ``epoch`` (the next one), ``args``, ``dino_loss`` (``center`` [1, K]) and ``fp16_scaler`` when
-mixed precision is on. Released backbones are bare state dictionaries. The file does not say how many steps an
-epoch had, so an imported checkpoint is numbered by its epoch and training continues at the beginning of that
-epoch.
+``module.`` too if there is batch norm), ``optimizer`` (two groups, parameters numbered in the order of the
+groups), ``epoch`` (the next one), ``args``, ``dino_loss`` (``center`` [1, K]) and ``fp16_scaler`` when mixed
+precision is on. Those of EsViT's Swins leave ``backbone.`` out of the names. Released backbones are bare
+state dictionaries. The file does not say how many steps an epoch had, so an imported checkpoint is numbered
+by its epoch and training continues at the beginning of that epoch.
 """
 
 from __future__ import annotations
@@ -23,14 +23,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastdino.config import Config, as_flags, config_from_dict, config_to_dict, config_to_yaml, with_flags
 from fastdino.engine import checkpoint
 from fastdino.engine.optim import parameter_groups
 from fastdino.engine.schedules import Schedule
 from fastdino.interop.files import WeightsError, find_checkpoint, read_pickle, write_pickle
-from fastdino.models import MultiCropModel, build_model
+from fastdino.models import MultiCropModel, SwinTransformer, build_model
+from fastdino.switches import uses_predictor
 
 # Our name of the optimizer state by the official one, where they differ (LARS).
 _STATE_NAMES = {"mu": "momentum_buffer"}
@@ -87,7 +88,7 @@ def _normalised(state: Any, path: Path) -> dict[str, Tensor]:
         name = key.removeprefix("module.").removeprefix("_orig_mod.")
         name = name.replace("last_layer.parametrizations.weight.original0", "last_layer.weight_g")
         name = name.replace("last_layer.parametrizations.weight.original1", "last_layer.weight_v")
-        if not name.startswith(("backbone.", "head.")):
+        if not name.startswith(("backbone.", "head.", "head_dense.")):
             name = f"backbone.{name}"
         if name in renamed:
             raise WeightsError(f"{path}: two tensors for {name} (the second is {key})")
@@ -170,13 +171,18 @@ def from_native(
 ) -> dict[str, Any]:
     """The dictionary that the official code saves, from the three parts of our checkpoint."""
     config = config_from_dict(meta["config"])
+    if (config.method.method, config.method.loss) != ("dino", "ce") or uses_predictor(config):
+        raise WeightsError("the official format holds DINO's student, teacher and center, nothing of others")
     reference = _reference_model(config)
-    teacher_prefix = "module." if config.model.use_bn_in_head else ""
-    names = list(reference.state_dict())
+    batch_norm = any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in reference.modules())
+    swin = isinstance(reference.backbone, SwinTransformer)
+    bare = {name: name.removeprefix("backbone.") if swin else name for name in reference.state_dict()}
     imported = meta.get("official")
     contents: dict[str, Any] = {
-        "student": OrderedDict((f"module.{name}", model[f"student.{name}"]) for name in names),
-        "teacher": OrderedDict((f"{teacher_prefix}{name}", model[f"teacher.{name}"]) for name in names),
+        "student": OrderedDict((f"module.{bare[name]}", model[f"student.{name}"]) for name in bare),
+        "teacher": OrderedDict(
+            (f"module.{bare[name]}" if batch_norm else bare[name], model[f"teacher.{name}"]) for name in bare
+        ),
         "optimizer": _optimizer_from_native(optimizer, meta, config, reference),
         "epoch": meta["epoch"],
         "args": argparse.Namespace(**(_decoded(imported["args"]) if imported else as_flags(config))),

@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, MutableMapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastdino.config import ARCHITECTURES
+from fastdino.config import ALIASES, ARCHITECTURES, RESNETS, SWIN_PATCH, SWINS, backbone_family
 from fastdino.engine import checkpoint
 from fastdino.interop.files import WeightsError, find_checkpoint
 from fastdino.interop.official import differences, read_official
-from fastdino.models import VisionTransformer
+from fastdino.models import Backbone, ResNet, SwinTransformer, VisionTransformer
+from fastdino.models.swin import resize_bias_table
+from fastdino.models.swin_windows import relative_position_index
+
+KINDS = {"vit": "ViT", "resnet": "ResNet", "swin": "Swin"}
 
 
 def load_backbone(
@@ -23,47 +27,174 @@ def load_backbone(
     *,
     arch: str | None = None,
     patch_size: int | None = None,
-    key: str = "teacher",
-) -> VisionTransformer:
+    key: str = "auto",
+) -> Backbone:
     """The backbone stored at ``path``, in evaluation mode and fp32, on the CPU.
 
     Args:
-        path: checkpoint directory, run directory (its newest valid checkpoint), or an official ``.pth`` file.
-        arch: checked against the file if given; settles the number of heads of a file that does not tell.
+        path: checkpoint directory, run directory (its newest valid checkpoint), or a ``.pth`` file of the
+            official code, of EsViT or, for a ResNet, of torchvision.
+        arch: checked against the file if given; settles the number of heads of a ViT file that does not tell.
+            A Swin of another window than the file's gets its bias tables resized.
         patch_size: checked against the file if given.
-        key: ``teacher`` or ``student``; a bare backbone file has only one set of weights and ignores it.
+        key: ``teacher`` or ``student``; ``auto`` is the student of a run of BYOL, MoCo-v2 or SwAV, whose
+            result it is, else the teacher. A bare backbone file has one set of weights and ignores it.
 
-    Sizes come from the tensors. The number of heads comes from the stored configuration, else from ``arch``,
-    else it is width / 64 as in all official models. Raises OSError, WeightsError or CheckpointError naming
-    the file; a model is returned whole or not at all.
+    Kind and sizes come from the tensors. The number of heads of a ViT comes from the stored configuration,
+    else from ``arch``, else it is width / 64 as in all official models. Raises OSError, WeightsError or
+    CheckpointError naming the file; a model is returned whole or not at all.
     """
     path = Path(path)
-    if key not in ("teacher", "student"):
-        raise ValueError(f"key: expected teacher or student, got {key!r}")
+    if key not in ("auto", "teacher", "student"):
+        raise ValueError(f"key: expected auto, teacher or student, got {key!r}")
     state, settings = _native(path, key) if path.is_dir() else _official(path, key)
+    family = _family(path, state)
+    if arch is not None and backbone_family(arch) != family:
+        raise WeightsError(f"{path}: expected {arch}, the file holds a {KINDS[family]}")
+    if family == "vit":
+        model: Backbone = _vit(path, state, settings, arch, patch_size)
+    elif family == "resnet":
+        model = _resnet(path, state, arch, patch_size)
+    else:
+        model = _swin(path, state, arch, patch_size)
+    problems = differences(model.state_dict(), state)
+    if problems:
+        raise WeightsError(f"{path}: not the weights of a {KINDS[family]}: {problems}")
+    # Names and shapes are known to fit; assigning needs no initialised model and draws no random numbers.
+    whole = {n: state[n].float() if state[n].is_floating_point() else state[n] for n in model.state_dict()}
+    model.load_state_dict(whole, assign=True)
+    return model.eval()
+
+
+def _family(path: Path, state: Mapping[str, Tensor]) -> str:
+    if any(name.endswith("relative_position_bias_table") for name in state):
+        return "swin"
+    if "conv1.weight" in state:
+        return "resnet"
+    if not state.keys() & {"cls_token", "pos_embed", "patch_embed.proj.weight"}:
+        raise WeightsError(f"{path}: not the weights of a ViT, a ResNet-50 or a Swin: {_contents(state)}")
+    return "vit"
+
+
+def _contents(state: Mapping[str, Tensor]) -> str:
+    some = ", ".join(list(state)[:8]) or "nothing"
+    return f"it holds {some}{' ...' if len(state) > 8 else ''}"
+
+
+def _vit(
+    path: Path,
+    state: Mapping[str, Tensor],
+    settings: Mapping[str, Any],
+    arch: str | None,
+    patch_size: int | None,
+) -> VisionTransformer:
+    """A model without memory for its weights, as :func:`_resnet` and :func:`_swin` give."""
     shape = _sizes(path, state)
-    if arch is not None:
-        if arch not in ARCHITECTURES:
-            raise ValueError(f"arch: expected one of {', '.join(ARCHITECTURES)}, got {arch!r}")
-        if arch != settings.get("arch") and ARCHITECTURES[arch][:2] != (shape["embed_dim"], shape["depth"]):
+    if arch is not None and arch != settings.get("arch"):
+        width, depth, _ = ARCHITECTURES[arch]
+        if (width, depth) != (shape["embed_dim"], shape["depth"]):
             raise WeightsError(
-                f"{path}: {arch} has width {ARCHITECTURES[arch][0]} and {ARCHITECTURES[arch][1]} blocks, "
+                f"{path}: {arch} has width {width} and {depth} blocks, "
                 f"the file has width {shape['embed_dim']} and {shape['depth']} blocks"
             )
     if patch_size is not None and patch_size != shape["patch_size"]:
         raise WeightsError(f"{path}: expected patch_size {patch_size}, the file has {shape['patch_size']}")
     with torch.device("meta"):
-        model = VisionTransformer(**shape, num_heads=_num_heads(path, settings, arch, shape["embed_dim"]))
-    problems = differences(model.state_dict(), state)
-    if problems:
-        raise WeightsError(f"{path}: not the weights of a ViT: {problems}")
-    # Names and shapes are known to fit; assigning needs no initialised model and draws no random numbers.
-    model.load_state_dict({name: state[name].float() for name in model.state_dict()}, assign=True)
-    return model.eval()
+        return VisionTransformer(**shape, num_heads=_num_heads(path, settings, arch, shape["embed_dim"]))
+
+
+def _resnet(
+    path: Path, state: MutableMapping[str, Tensor], arch: str | None, patch_size: int | None
+) -> ResNet:
+    """The classifier of torchvision's files is taken out of ``state``, and counters that old ones lack are
+    put in.
+    """
+    if patch_size is not None:
+        raise WeightsError(f"{path}: expected patch_size {patch_size}, the file holds a ResNet")
+    stem = state["conv1.weight"]
+    if stem.ndim != 4:
+        raise WeightsError(f"{path}: conv1.weight has {stem.ndim} dimensions, expected 4")
+    width, in_chans = stem.shape[:2]
+    if arch is not None and RESNETS[arch] != width:
+        raise WeightsError(f"{path}: {arch} begins with {RESNETS[arch]} channels, the file with {width}")
+    blocks = [_count(state, f"layer{i}.") for i in range(1, 5)]
+    if 0 in blocks:
+        raise WeightsError(f"{path}: not the weights of a ResNet: missing: layer{blocks.index(0) + 1}.0")
+    with torch.device("meta"):
+        model = ResNet(width, in_chans, blocks)
+    for name in ("fc.weight", "fc.bias"):
+        state.pop(name, None)
+    for name in model.state_dict():
+        if name.endswith("num_batches_tracked"):
+            state.setdefault(name, torch.tensor(0))
+    return model
+
+
+def _swin(
+    path: Path, state: MutableMapping[str, Tensor], arch: str | None, patch_size: int | None
+) -> SwinTransformer:
+    """Bias tables in ``state`` are resized to the windows of ``arch``, and what follows from the sizes alone
+    is put in or taken out.
+    """
+    if patch_size not in (None, SWIN_PATCH):
+        raise WeightsError(f"{path}: expected patch_size {patch_size}, a Swin has {SWIN_PATCH}")
+    depths = [_count(state, f"layers.{i}.blocks.") for i in range(_count(state, "layers."))]
+    tables = [state.get(f"layers.{i}.blocks.0.attn.relative_position_bias_table") for i in range(len(depths))]
+    kernel, hidden = state.get("patch_embed.proj.weight"), state.get("layers.0.blocks.0.mlp.fc1.weight")
+    if kernel is None or hidden is None or kernel.ndim != 4 or not all(depths):
+        missing = "patch_embed.proj.weight, layers.0.blocks.0.mlp.fc1.weight or blocks of a stage"
+        raise WeightsError(f"{path}: not the weights of a Swin: missing {missing}; {_contents(state)}")
+    if any(table is None or table.ndim != 2 for table in tables):
+        raise WeightsError(f"{path}: not the weights of a Swin: a stage has no relative_position_bias_table")
+    width, in_chans = kernel.shape[:2]
+    found = [table for table in tables if table is not None]
+    window = _window(found[0])
+    if arch is not None:
+        wanted = SWINS[ALIASES.get(arch, arch)]
+        if wanted[:2] != (width, tuple(depths)):
+            raise WeightsError(
+                f"{path}: {arch} has width {wanted[0]} and {wanted[1]} blocks, "
+                f"the file has width {width} and {tuple(depths)} blocks"
+            )
+        window = wanted[2]
+    with torch.device("meta"):
+        model = SwinTransformer(
+            width,
+            depths,
+            window,
+            in_chans,
+            num_heads=[table.shape[1] for table in found],
+            mlp_ratio=hidden.shape[0] / width,
+        )
+    for name in [name for name in state if name.endswith(".attn_mask")]:
+        del state[name]  # the masks of 224-pixel images in files of the original Swin
+    for i, stage in enumerate(model.windows):
+        for j, (side, _) in enumerate(stage):
+            at = f"layers.{i}.blocks.{j}.attn.relative_position_"
+            if arch is not None and f"{at}bias_table" in state:
+                state[f"{at}bias_table"] = resize_bias_table(state[f"{at}bias_table"].float(), side)
+            state[f"{at}index"] = relative_position_index(side)
+    return model
+
+
+def _window(table: Tensor) -> int:
+    """Side of the windows of a bias table [(2w - 1)^2, heads]."""
+    return (math.isqrt(len(table)) + 1) // 2
+
+
+def _count(state: Mapping[str, Tensor], prefix: str) -> int:
+    """One more than the largest number that follows ``prefix`` in a name; 0 if there is none."""
+    found = [name[len(prefix) :].partition(".")[0] for name in state if name.startswith(prefix)]
+    return max((int(number) + 1 for number in found if number.isdigit()), default=0)
 
 
 def _native(path: Path, key: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
     model, _, meta = checkpoint.load(find_checkpoint(path))
+    if key == "auto":
+        sibling = meta["config"].get("method", {}).get("method", "dino") != "dino"
+        key = "student" if sibling else "teacher"
+    if key == "teacher" and not any(name.startswith("teacher.") for name in model):
+        raise WeightsError(f"{path}: has no teacher, only a student")
     prefix = f"{key}.backbone."
     state = {name.removeprefix(prefix): t for name, t in model.items() if name.startswith(prefix)}
     return state, meta["config"]["model"]
@@ -72,9 +203,9 @@ def _native(path: Path, key: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
 def _official(path: Path, key: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
     official = read_official(path)
     bare = official.student is None and official.args is None
-    weights = official.teacher if bare or key == "teacher" else official.student
+    weights = official.teacher if bare or key != "student" else official.student
     if weights is None:
-        raise WeightsError(f"{path}: has no {key}")
+        raise WeightsError(f"{path}: has no {'teacher' if key == 'auto' else key}")
     state = {k.removeprefix("backbone."): v for k, v in weights.items() if k.startswith("backbone.")}
     return state, official.args or {}
 
@@ -84,26 +215,20 @@ def _sizes(path: Path, state: Mapping[str, Tensor]) -> dict[str, Any]:
     kernel, positions = state.get("patch_embed.proj.weight"), state.get("pos_embed")
     hidden = state.get("blocks.0.mlp.fc1.weight")
     if kernel is None or positions is None or hidden is None or kernel.ndim != 4 or positions.ndim != 3:
-        some = ", ".join(list(state)[:8]) or "nothing"
         raise WeightsError(
             f"{path}: not the weights of a ViT: missing patch_embed.proj.weight, pos_embed or "
-            f"blocks.0.mlp.fc1.weight; it holds {some}{' ...' if len(state) > 8 else ''}"
+            f"blocks.0.mlp.fc1.weight; {_contents(state)}"
         )
     side = math.isqrt(positions.shape[1] - 1)
     if side * side != positions.shape[1] - 1:
         raise WeightsError(f"{path}: pos_embed holds {positions.shape[1]} tokens, expected 1 + a square")
     dim, in_chans, patch_size = kernel.shape[:3]
-    blocks = {
-        int(name.split(".")[1])
-        for name in state
-        if name.startswith("blocks.") and name.split(".")[1].isdigit()
-    }
     return {
         "img_size": side * patch_size,
         "patch_size": patch_size,
         "in_chans": in_chans,
         "embed_dim": dim,
-        "depth": max(blocks) + 1,
+        "depth": _count(state, "blocks."),
         "mlp_ratio": hidden.shape[0] / dim,
     }
 

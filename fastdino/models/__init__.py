@@ -4,16 +4,22 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from typing import TypeAlias
 
 from torch import Tensor, nn
 
-from fastdino.config import Config, ModelConfig
+from fastdino.config import Config, ModelConfig, backbone_family
 from fastdino.models.head import DINOHead
+from fastdino.models.resnet import ResNet, standard_resnet
+from fastdino.models.swin import SwinTransformer, standard_swin
 from fastdino.models.vit import VisionTransformer, standard_vit, vit_base, vit_small, vit_tiny
 
 __all__ = [
+    "Backbone",
     "DINOHead",
     "MultiCropModel",
+    "ResNet",
+    "SwinTransformer",
     "VisionTransformer",
     "build_backbone",
     "build_model",
@@ -24,10 +30,13 @@ __all__ = [
 ]
 
 
+Backbone: TypeAlias = VisionTransformer | ResNet | SwinTransformer
+
+
 class MultiCropModel(nn.Module):
     """Backbone and head; parameters are named ``backbone.*`` and ``head.*``."""
 
-    def __init__(self, backbone: VisionTransformer, head: DINOHead) -> None:
+    def __init__(self, backbone: Backbone, head: DINOHead) -> None:
         super().__init__()
         self.backbone = backbone
         self.head = head
@@ -39,10 +48,16 @@ class MultiCropModel(nn.Module):
         return self.head.bottleneck(self.backbone(crops)), self.head.weight()
 
 
-def build_backbone(
-    model: ModelConfig, *, drop_path_rate: float = 0.0, img_size: int = 224
-) -> VisionTransformer:
-    """The backbone a configuration describes; ConfigError or ValueError naming what does not fit."""
+def build_backbone(model: ModelConfig, *, drop_path_rate: float = 0.0, img_size: int = 224) -> Backbone:
+    """The backbone a configuration describes; ConfigError or ValueError naming what does not fit.
+
+    ``img_size`` is that of a ViT's position embeddings; a ResNet has no stochastic depth.
+    """
+    family = backbone_family(model.arch)
+    if family == "resnet":
+        return standard_resnet(model.arch, in_chans=model.in_chans)
+    if family == "swin":
+        return standard_swin(model.arch, in_chans=model.in_chans, drop_path_rate=drop_path_rate)
     return standard_vit(
         model.arch,
         img_size=img_size,

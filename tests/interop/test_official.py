@@ -274,7 +274,7 @@ def broken(contents: dict, how: str) -> dict:
     elif how == "no center":
         del contents["dino_loss"]
     elif how == "arch":
-        contents["args"].arch = "resnet50"
+        contents["args"].arch = "xcit_small_12_p16"
     elif how == "center":
         contents["dino_loss"]["center"] = torch.ones(1, 7)
     elif how == "optimizer":
@@ -299,7 +299,7 @@ def broken(contents: dict, how: str) -> dict:
         ("unexpected", "unexpected: backbone.extra"),
         ("shape", r"shapes: backbone.pos_embed \[1, 5, 192\] instead of \[1, 197, 48\]"),
         ("no center", "not a training checkpoint, it has no center"),
-        ("arch", "--arch: .*resnet50"),
+        ("arch", "--arch: .*xcit_small_12_p16"),
         ("center", "center has 7 entries, --out_dim is 12"),
         ("optimizer", r"optimizer has 55 \+ 101 parameters, expected 55 \+ 102"),
         ("moments", r"optimizer exp_avg of backbone.cls_token has shape \[3\], expected \[1, 1, 48\]"),
