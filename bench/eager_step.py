@@ -72,7 +72,7 @@ class EagerStep:
         out = self.method(
             crops.global_, crops.local, teacher_temp=self.hyper.teacher_temp, freeze_last_layer=False
         )
-        return out.loss, out.batch_center
+        return out.loss, out.statistics
 
     def _loss(self, crops: Crops) -> tuple[Tensor, Tensor]:
         """The loss, and the teacher's logits averaged over the batch."""

@@ -4,9 +4,10 @@ python -m bench.loader [--images FOLDER] [--workers 1 2] [--rounds 5] [--solo_le
 
 Official: Pillow and the transforms of DataAugmentationDINO, written here from their documentation, in a torch
 DataLoader with as many worker processes as the others get threads. First, crops of several images with equal
-parameters are compared: its and ours are the same to the bit. DALI's own operations in one graph, and
-solo-learn's graph of them from a checkout, make other crops (marked by a star: colours and blur are not
-exact) and are there for their speed. All take turns; a ratio is that of neighbours. On a GPU the same is done
+parameters are compared: its and ours are the same to the bit. DALI's own operations in one graph, with a
+chain for each crop or (stacked) one for all crops of a size, and solo-learn's graph of them from a checkout,
+make other crops (marked by a star: colours and blur are not exact) and are there for their speed: these are
+the other ways to build this on DALI. All take turns; a ratio is that of neighbours. On a GPU the same is done
 there too: DALI decodes, then our Triton kernels or DALI's operations finish. Without a folder, random
 pictures with the spectrum of photographs are made (500 x 375, about 85 KB).
 
@@ -87,11 +88,14 @@ def compare(setting: Setting, args: argparse.Namespace, say: Transcript) -> dict
     contested = sum(max(row[p]["competing_cores"] for p in row) > CONTESTED for row in rounds)
     summary = {name: summarise_rounds(rounds, name) for name in names}
     memory = {name: peak(name, setting) for name in names}
-    columns = f"{'img/s':>7} {'CPU ms/img':>11} {'speed-up':>9} {'min-max':>12} {'by CPU time':>12}"
-    say(f"{'provider':24} {columns} {'memory MB':>10}")
+    columns = (
+        f"{'img/s':>7} {'crops/s':>8} {'CPU ms/img':>11} {'speed-up':>9} {'min-max':>12} {'by CPU time':>12}"
+    )
+    say(f"{'provider':26} {columns} {'memory MB':>10}")
     for name in PROVIDERS:
-        text = f"not measured: {missing[name]}" if missing[name] else line(summary[name], memory[name])
-        say(f"{name:24} {text}")
+        why = missing[name]
+        text = f"not measured: {why}" if why else line(summary[name], memory[name], 2 + local)
+        say(f"{name:26} {text}")
     say(f"{contested} of {args.rounds} rounds contested")
     by_cpu = stages(setting, args.rounds)
     by_gpu = stages(setting, args.rounds, gpu=True) if torch.cuda.is_available() else None
@@ -116,9 +120,10 @@ def compare(setting: Setting, args: argparse.Namespace, say: Transcript) -> dict
     }
 
 
-def line(row: Figures, memory: dict[str, int]) -> str:
-    """A provider's figures in one line of the table."""
-    speed = f"{row['images_per_second']:7.0f} {row['cpu_ms_per_image']:11.2f} {row['speedup']:8.2f}x"
+def line(row: Figures, memory: dict[str, int], views: int) -> str:
+    """A provider's figures in one line of the table; ``views`` crops are made of each image."""
+    rate = row["images_per_second"]
+    speed = f"{rate:7.0f} {rate * views:8.0f} {row['cpu_ms_per_image']:11.2f} {row['speedup']:8.2f}x"
     spread = f"{row['speedup_min']:6.2f}-{row['speedup_max']:.2f}"
     on_gpu = f" + {memory['device_bytes'] / 1e6:.0f} on the GPU" if memory["device_bytes"] else ""
     return f"{speed} {spread:>12} {row['cpu_speedup']:11.2f}x {memory['host_bytes'] / 1e6:10.0f}{on_gpu}"

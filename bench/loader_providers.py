@@ -13,17 +13,15 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import torch
-from fastdino_kernels.multicrop import IMAGENET_MEAN, IMAGENET_STD
 from torch.utils.data import DataLoader, RandomSampler
 
-from bench import solo_learn
+from bench import loader_dali, solo_learn
 from bench.harness import synchronize
 from bench.official_crops import OfficialDataset
 from fastdino.config import CropConfig
@@ -84,79 +82,6 @@ def ours(setting: Setting, *, cache: bool = False, gpu: bool = False) -> Iterato
 
 
 @contextmanager
-def stock(setting: Setting, *, gpu: bool = False) -> Iterator[Batches]:
-    """DALI's own operations: colours are not exact (hue in YIQ, contrast about 128, a fixed order)."""
-    import_dali()
-    from nvidia.dali import fn, pipeline_def
-    from nvidia.dali import types as dali_types
-
-    types: Any = dali_types  # whose names are made at run time
-    crops, paths = setting.crops, [str(Path(path).absolute()) for path in setting.manifest.paths]
-
-    def between(low: float, high: float) -> Any:
-        return fn.random.uniform(range=[low, high])
-
-    def coin(probability: float) -> Any:
-        return fn.random.coin_flip(probability=probability, dtype=types.DALIDataType.BOOL)
-
-    @pipeline_def(enable_conditionals=True)
-    def graph() -> Any:
-        files, _ = fn.readers.file(files=paths, shuffle_after_epoch=True)
-        images = fn.decoders.image(files, device="mixed" if gpu else "cpu", adjust_orientation=False)
-        made = []
-        for view in range(2 + crops.local_crops_number):
-            crop = fn.random_resized_crop(
-                images,
-                size=crops.global_crops_size if view < 2 else crops.local_crops_size,
-                random_area=crops.global_crops_scale if view < 2 else crops.local_crops_scale,
-                random_aspect_ratio=[3 / 4, 4 / 3],
-                interp_type=types.INTERP_CUBIC,
-                antialias=True,
-            )
-            if coin(0.8):
-                crop = fn.color_twist(
-                    crop,
-                    brightness=between(0.6, 1.4),
-                    contrast=between(0.6, 1.4),
-                    saturation=between(0.8, 1.2),
-                    hue=between(-36.0, 36.0),
-                )
-            if coin(0.2):
-                gray = fn.color_space_conversion(crop, image_type=types.RGB, output_type=types.GRAY)
-                crop = fn.cat(gray, gray, gray, axis=2)
-            if coin(1.0 if view == 0 else 0.1 if view == 1 else 0.5):
-                crop = fn.gaussian_blur(crop, sigma=between(0.1, 2.0))
-            if view == 1:
-                if coin(0.2):
-                    crop = fn.lookup_table(
-                        crop,
-                        keys=list(range(256)),
-                        values=[v if v < 128 else 255 - v for v in range(256)],
-                        dtype=types.UINT8,
-                    )
-            made.append(
-                fn.crop_mirror_normalize(
-                    crop,
-                    mirror=fn.random.coin_flip(probability=0.5),
-                    mean=[255 * v for v in IMAGENET_MEAN],
-                    std=[255 * v for v in IMAGENET_STD],
-                )
-            )
-        return tuple(made)
-
-    pipeline = graph(
-        batch_size=setting.batch, num_threads=setting.workers, device_id=0 if gpu else None, seed=0
-    )
-    pipeline.build()
-
-    def batches() -> Batches:
-        while True:
-            yield [torch.from_dlpack(output.as_tensor()) for output in pipeline.run()]
-
-    yield batches()
-
-
-@contextmanager
 def solo(setting: Setting, *, gpu: bool = False) -> Iterator[Batches]:
     """See `solo_learn`. It lists the files of one folder, so it gets one with links."""
     assert setting.solo_learn is not None
@@ -177,10 +102,12 @@ PROVIDERS: dict[str, Callable[[Setting], AbstractContextManager[Batches]]] = {
     "official": official,
     "fastdino": ours,
     "fastdino, decoded once": lambda setting: ours(setting, cache=True),
-    "DALI's own *": stock,
+    "DALI's own *": lambda setting: nullcontext(loader_dali.separate(setting, gpu=False)),
+    "DALI's own, stacked *": lambda setting: nullcontext(loader_dali.stacked(setting, gpu=False)),
     "solo-learn, DALI *": solo,
     "fastdino, GPU": lambda setting: ours(setting, gpu=True),
-    "DALI's own, GPU *": lambda setting: stock(setting, gpu=True),
+    "DALI's own, GPU *": lambda setting: nullcontext(loader_dali.separate(setting, gpu=True)),
+    "DALI's own, stacked, GPU *": lambda setting: nullcontext(loader_dali.stacked(setting, gpu=True)),
     "solo-learn, DALI, GPU *": lambda setting: solo(setting, gpu=True),
 }
 """The first is what ratios relate to. A star: other crops than the official ones."""

@@ -20,6 +20,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
+from fastdino import presets
 from fastdino.presets import PRESETS
 
 
@@ -28,19 +29,19 @@ class ModelConfig:
     """Backbone and projection head."""
 
     arch: str = "vit_small"
-    """Backbone: vit_tiny, vit_small, vit_base (deit_tiny, deit_small are aliases)."""
+    """Backbone: vit_tiny, vit_small, vit_base; resnet50 (_w2, _w4, _w5); swin_tiny_w7 (small, base; w14)."""
     patch_size: int = 16
-    """Side of a square patch in pixels; smaller is better and slower."""
+    """Side of a square patch of a ViT in pixels; smaller is better and slower."""
     num_heads: int | None = None
-    """Attention heads; none keeps the architecture's own."""
+    """Attention heads of a ViT; none keeps the architecture's own."""
     embed_dim: int | None = None
-    """Width of the backbone; none keeps the architecture's own."""
+    """Width of a ViT; none keeps the architecture's own."""
     depth: int | None = None
-    """Transformer blocks; none keeps the architecture's own."""
+    """Blocks of a ViT; none keeps the architecture's own."""
     in_chans: int = 3
     """Input channels."""
     drop_path_rate: float = 0.1
-    """Stochastic depth of the student."""
+    """Stochastic depth of the student; a ResNet has none."""
     out_dim: int = 65536
     """K, the number of prototypes (head output)."""
     norm_last_layer: bool = True
@@ -66,13 +67,49 @@ class LossConfig:
     warmup_teacher_temp: float = 0.04
     """Teacher temperature at the start."""
     teacher_temp: float = 0.04
-    """Teacher temperature after the warm-up; lower it if the loss does not fall."""
+    """Teacher temperature after the warm-up; 0 picks one prototype; the student's switches sharpening off."""
     warmup_teacher_temp_epochs: int = 0
     """Epochs of linear teacher-temperature warm-up."""
     student_temp: float = 0.1
     """Student temperature."""
     center_momentum: float = 0.9
-    """EMA momentum of the center."""
+    """EMA momentum of the center; 1 keeps it at zero: no centering."""
+
+
+@dataclass
+class MethodConfig:
+    """Method: DINO with the switches of its ablations, or one it is compared with."""
+
+    method: Literal["dino", "esvit", "byol", "mocov2", "swav"] = "dino"
+    """dino; esvit; byol, mocov2, swav as the DINO paper compares them, whose student is what is evaluated."""
+    use_dense_prediction: bool | None = None
+    """Of esvit: match regions besides whole views; none: yes. Without, esvit is dino."""
+    loss: Literal["ce", "mse", "infonce"] = "ce"
+    """Of dino: cross-entropy over prototypes; 2 - 2 cos, or contrast with a queue, of bottleneck features."""
+    teacher: Literal["ema", "copy", "prev_iter", "prev_epoch"] = "ema"
+    """Average of students, the student itself, as it was a step ago, or at the end of the last epoch."""
+    teacher_op: Literal["center", "softmax_batch", "sinkhorn"] = "center"
+    """What keeps dino's targets from collapsing; the others take no center (softmax_batch: 1 iteration)."""
+    sk_joint: bool = False
+    """Sinkhorn over both global views together instead of one after the other."""
+    sinkhorn_iterations: int = 3
+    """Iterations of Sinkhorn-Knopp."""
+    predictor: Literal["auto", "on", "off"] = "auto"
+    """Student-only MLP behind the bottleneck; auto: byol alone."""
+    predictor_hidden_dim: int = 4096
+    """Hidden width of the predictor."""
+    hidden_mlp: int | None = None
+    """Hidden width of byol's, mocov2's or swav's projector; none: 4096, 2048 or 2048."""
+    feat_dim: int | None = None
+    """Width of the embeddings of byol, mocov2 or swav; none: 256, 256 or 128."""
+    nmb_prototypes: int = 3000
+    """Prototypes of swav."""
+    epsilon: float = 0.05
+    """Temperature of swav's codes (its other one, like mocov2's, is --student_temp)."""
+    queue_length: int | None = None
+    """Embeddings kept of earlier batches, of all processes; none: 65536 for contrast, 0 for swav."""
+    epoch_queue_starts: int = 15
+    """Epoch from which swav fills its queue."""
 
 
 @dataclass
@@ -132,13 +169,15 @@ class DataConfig:
     """Data."""
 
     data_path: str = "/path/to/imagenet/train/"
-    """Folder of class folders, flat folder of images, or text file with one path per line."""
+    """Class folders, flat folder, list of paths, or shards (tar, TFRecord, .rec, LMDB; {000..099}, URLs)."""
     num_workers: int = 10
     """Data threads per process."""
     prescan: Literal["auto", "on", "off"] = "auto"
-    """Decode every file once beforehand and drop bad ones (cached); auto scans up to 200,000 files."""
+    """Decode every image once beforehand and drop bad ones (cached); auto: up to 200,000 on disks."""
     cache_decoded: Literal["auto", "on", "off"] = "auto"
     """Keep decoded images in memory; auto: if they fit into a quarter of the free memory and 2 GiB."""
+    augment_on: Literal["auto", "cpu", "gpu"] = "auto"
+    """Where images are decoded and cropped; auto: on the GPU if there is one that DALI can use."""
 
 
 @dataclass
@@ -207,6 +246,7 @@ class Config:
 
     model: ModelConfig = field(default_factory=ModelConfig)
     loss: LossConfig = field(default_factory=LossConfig)
+    method: MethodConfig = field(default_factory=MethodConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     crops: CropConfig = field(default_factory=CropConfig)
     data: DataConfig = field(default_factory=DataConfig)
@@ -226,13 +266,29 @@ class ConfigError(ValueError):
         super().__init__(f"--{flag}: {message}")
 
 
-# Width, depth and heads of the backbones (Table 1 of the DINO paper; deit_* are the official code's aliases).
+# Width, depth and heads of the ViTs (Table 1 of the DINO paper; deit_* are the official code's aliases).
 ARCHITECTURES: dict[str, tuple[int, int, int]] = {
     "vit_tiny": (192, 12, 3),
     "vit_small": (384, 12, 6),
     "vit_base": (768, 12, 12),
     "deit_tiny": (192, 12, 3),
     "deit_small": (384, 12, 6),
+}
+SWIN_PATCH = 4  # side of a Swin's patch in pixels
+# Channels of the first stage of the ResNets; the last one has 32 times as many.
+RESNETS: dict[str, int] = {"resnet50": 64, "resnet50_w2": 128, "resnet50_w4": 256, "resnet50_w5": 320}
+_SWIN_SIZES = {"tiny": (96, (2, 2, 6, 2)), "small": (96, (2, 2, 18, 2)), "base": (128, (2, 2, 18, 2))}
+# Width of the first stage, blocks of the four stages, side of a window; the last stage is 8 times as wide.
+SWINS: dict[str, tuple[int, tuple[int, ...], int]] = {
+    f"swin_{size}_w{window}": (width, depths, window)
+    for size, (width, depths) in _SWIN_SIZES.items()
+    for window in (7, 14)
+}
+# EsViT's --arch, whose window is set in a file, and the names of those files.
+ALIASES: dict[str, str] = {f"swin_{size}": f"swin_{size}_w7" for size in _SWIN_SIZES} | {
+    f"swin_{size}_patch4_window{window}_224": f"swin_{size}_w{window}"
+    for size in _SWIN_SIZES
+    for window in (7, 14)
 }
 
 
@@ -245,7 +301,8 @@ def preset(name: str) -> dict[str, Any]:
     if key not in PRESETS:
         hint = _nearest(key, PRESETS) or "; see --list_presets"
         raise ConfigError("preset", f"unknown name {name!r}{hint}")
-    return PRESETS[key]()
+    default = as_flags(Config())
+    return {name: value for name, value in presets.flags(key).items() if value != default[name]}
 
 
 @cache
@@ -336,10 +393,11 @@ def _convert_tuple(value: Any, kinds: tuple[Any, ...]) -> tuple[Any, ...]:
 
 
 def _flatten(nested: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """Flags of a dictionary that may group them by section."""
+    """Flags of a dictionary that may group them by section (--loss and --method are named like one)."""
     flat: dict[str, Any] = {}
     for name, value in nested.items():
-        if name in {section.name for section in dataclasses.fields(Config)}:
+        section = name in {section.name for section in dataclasses.fields(Config)}
+        if section and (isinstance(value, Mapping) or name not in _flags()):
             if not isinstance(value, Mapping):
                 raise ConfigError(name, f"expected the flags of this section{where}, got {value!r}")
             flat.update(value)
@@ -454,6 +512,8 @@ def split_batch(config: Config, world_size: int) -> tuple[int, int, int]:
 
 def validate(config: Config, world_size: int | None = None) -> None:
     """Raises ConfigError, naming the first bad flag, unless a run of ``world_size`` processes can start."""
+    from fastdino.validation import validate_method  # which imports this module
+
     _validate_model(config)
     _validate_ranges(config)
     crops = config.crops
@@ -465,7 +525,9 @@ def validate(config: Config, world_size: int | None = None) -> None:
     if crops.local_crops_number:
         sizes["local_crops_size"] = crops.local_crops_size
     for name, size in sizes.items():
-        if config.model.patch_size > size:
+        if backbone_family(config.model.arch) == "swin" and size < SWIN_PATCH:
+            raise ConfigError(name, f"expected at least one patch of {SWIN_PATCH} pixels, got {size}")
+        if backbone_family(config.model.arch) == "vit" and config.model.patch_size > size:
             raise ConfigError(
                 "patch_size", f"expected at most --{name} ({size} pixels), got {config.model.patch_size}"
             )
@@ -482,15 +544,14 @@ def validate(config: Config, world_size: int | None = None) -> None:
         raise ConfigError("logger", "wandb is not installed (pip install wandb)")
     processes = launched_processes() if world_size is None else world_size
     split_batch(config, processes)
+    validate_method(config, processes)
     if parse_mesh(config.engine.mesh, processes) is not None:
         _validate_sharded(config)
 
 
 def _validate_model(config: Config) -> None:
     model = config.model
-    if model.arch not in ARCHITECTURES:
-        known, hint = ", ".join(ARCHITECTURES), _nearest(model.arch, ARCHITECTURES)
-        raise ConfigError("arch", f"expected a vision transformer ({known}), got {model.arch!r}{hint}")
+    family = backbone_family(model.arch)
     if model.in_chans != 3:
         raise ConfigError("in_chans", f"expected 3 (images are decoded to RGB), got {model.in_chans}")
     if not 1 <= model.head_layers <= 4:
@@ -499,15 +560,41 @@ def _validate_model(config: Config) -> None:
         value = getattr(model, name)
         if value is not None and value < 1:
             raise ConfigError(name, f"expected a positive integer, got {value}")
+    if family != "vit":
+        _validate_fixed_backbone(config, family)
+        return
     width, _, heads = backbone_shape(model)
     if width % heads:
         blamed = "num_heads" if model.num_heads is not None else "embed_dim"
         raise ConfigError(blamed, f"expected a width that the heads divide, got {heads} heads, width {width}")
 
 
+def _validate_fixed_backbone(config: Config, family: str) -> None:
+    """Flags that a ResNet or a Swin does not have; their defaults mean nothing there and pass."""
+    model, engine, given = config.model, config.engine, f"with --arch {config.model.arch}"
+    for name in ("patch_size", "num_heads", "embed_dim", "depth"):
+        value = getattr(model, name)
+        fixed = {getattr(ModelConfig, name), SWIN_PATCH if (family, name) == ("swin", "patch_size") else None}
+        if value not in fixed:
+            raise ConfigError(name, f"expected none {given}, whose sizes are fixed, got {value}")
+    attention = ("auto", "sdpa") if family == "swin" else ("auto",)
+    if engine.attention not in attention:
+        raise ConfigError("attention", f"expected {' or '.join(attention)} {given}, got {engine.attention}")
+    if engine.compile == "on":
+        raise ConfigError("compile", f"expected auto or off {given}, got on: its blocks are not compiled")
+    if family == "resnet" and engine.activation_checkpointing != "none":
+        got = f"got {engine.activation_checkpointing}: batch norm would count every batch twice"
+        raise ConfigError("activation_checkpointing", f"expected none {given}, {got}")
+    if family == "resnet" and model.drop_path_rate not in (0.0, ModelConfig.drop_path_rate):
+        got = f"got {model.drop_path_rate:g}: it has no stochastic depth"
+        raise ConfigError("drop_path_rate", f"expected 0 {given}, {got}")
+
+
 def _validate_sharded(config: Config) -> None:
     """What sharded models cannot do."""
     mesh = f"with --mesh {config.engine.mesh}"
+    if backbone_family(config.model.arch) != "vit":
+        raise ConfigError("arch", f"expected a ViT {mesh}, got {config.model.arch}")
     if config.engine.cuda_graph:
         raise ConfigError("cuda_graph", f"expected false {mesh}: FSDP's steps are not recorded")
     if config.optim.optimizer in ("lars", "lamb"):
@@ -519,21 +606,42 @@ def _validate_sharded(config: Config) -> None:
         raise ConfigError("bottleneck_dim", f"expected a bottleneck {mesh}, got 0")
 
 
+def backbone_family(arch: str) -> str:
+    """``vit``, ``resnet`` or ``swin``; ConfigError with the nearest name for what is none of them."""
+    arch = ALIASES.get(arch, arch)
+    families: dict[str, Mapping[str, Any]] = {"vit": ARCHITECTURES, "resnet": RESNETS, "swin": SWINS}
+    for family, members in families.items():
+        if arch in members:
+            return family
+    known = [name for members in families.values() for name in members]
+    raise ConfigError("arch", f"expected one of {', '.join(known)}, got {arch!r}{_nearest(arch, known)}")
+
+
+def feature_width(model: ModelConfig) -> int:
+    """Width of the features that the backbone gives to the head."""
+    arch = ALIASES.get(model.arch, model.arch)
+    if arch in RESNETS:
+        return 32 * RESNETS[arch]
+    return 8 * SWINS[arch][0] if arch in SWINS else backbone_shape(model)[0]
+
+
 def backbone_shape(model: ModelConfig) -> tuple[int, int, int]:
-    """``(width, depth, heads)`` of the backbone, overrides included."""
+    """``(width, depth, heads)`` of a ViT, overrides included."""
     width, depth, heads = ARCHITECTURES[model.arch]
     return model.embed_dim or width, model.depth or depth, model.num_heads or heads
 
 
 _POSITIVE_INTEGERS = (
     "patch_size out_dim head_hidden_dim batch_size_per_gpu batch_size epochs max_steps max_bad_steps "
-    "global_crops_size local_crops_size eval_bank_size eval_image_size log_every"
+    "global_crops_size local_crops_size eval_bank_size eval_image_size log_every sinkhorn_iterations "
+    "predictor_hidden_dim hidden_mlp feat_dim nmb_prototypes"
 ).split()
 _NOT_NEGATIVE = (
     "bottleneck_dim warmup_teacher_temp_epochs weight_decay weight_decay_end clip_grad freeze_last_layer "
-    "lr warmup_epochs min_lr local_crops_number num_workers eval_every saveckp_freq save_every seed"
+    "lr warmup_epochs min_lr local_crops_number num_workers eval_every saveckp_freq save_every seed "
+    "teacher_temp warmup_teacher_temp epoch_queue_starts"
 ).split()
-_POSITIVE = ("warmup_teacher_temp", "teacher_temp", "student_temp")
+_POSITIVE = ("student_temp", "epsilon")
 _FRACTIONS = ("momentum_teacher", "center_momentum")
 
 

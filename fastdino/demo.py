@@ -58,7 +58,8 @@ def run(out: Path, *, n_train: int = 4000, n_val: int = 1000, **flags: Any) -> d
     trainer.fit()
     paths, masks = pair_masks(images / "val", images / "masks" / "val")
     size = config.crops.global_crops_size
-    trained, device = trainer.method.teacher.backbone, trainer.world.device
+    trained, device = trainer.engine.evaluated_backbone(), trainer.world.device
+    assert trained is not None
     networks = {"untrained": _baseline_backbone(config).to(device), "trained": trained}
     scores = {
         mass: {

@@ -6,11 +6,13 @@ teacher. Memory is an estimate from the tensors that autograd keeps.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from fastdino import costs
 from fastdino.config import (
+    SWIN_PATCH,
     Config,
     ModelConfig,
     backbone_family,
@@ -19,7 +21,15 @@ from fastdino.config import (
     parse_mesh,
     split_batch,
 )
-from fastdino.switches import has_weight_norm, projector_widths, prototypes, queue_length, uses_predictor
+from fastdino.switches import (
+    has_dino_head,
+    has_weight_norm,
+    matches_regions,
+    projector_widths,
+    prototypes,
+    queue_length,
+    uses_predictor,
+)
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -81,7 +91,8 @@ def estimate(config: Config, images: int | None, world_size: int = 1) -> Estimat
             total_steps = min(total_steps, config.optim.max_steps)
     backbone = backbone_parameters(config.model, config.crops.global_crops_size)
     head = _head(config)[0]
-    frozen = config.model.out_dim if config.model.norm_last_layer and has_weight_norm(config) else 0
+    last_layers = (1 + matches_regions(config)) * has_weight_norm(config)
+    frozen = config.model.out_dim * last_layers if config.model.norm_last_layer else 0
     return Estimate(
         backbone_parameters=backbone,
         head_parameters=head,
@@ -132,9 +143,10 @@ def flops_per_image(config: Config) -> float:
     ):
         patch, blocks = _forward_flops(config.model, size)
         _, products, of_teacher = _head(config)
-        total += student * (2 * patch + 3 * (blocks + 2.0 * products))
+        rows = 1 + (_regions(config.model, size) if matches_regions(config) else 0)
+        total += student * (2 * patch + 3 * (blocks + 2.0 * rows * products))
         if of_teacher is not None:
-            total += teacher * (patch + blocks + 2.0 * of_teacher)
+            total += teacher * (patch + blocks + 2.0 * rows * of_teacher)
     return total
 
 
@@ -195,6 +207,15 @@ def _tokens(model: ModelConfig, size: int) -> int:
     return (size // model.patch_size) ** 2 + 1
 
 
+def _regions(model: ModelConfig, size: int) -> int:
+    """Regions of a square crop: patches of a ViT, places of the last map of a Swin or ResNet."""
+    family = backbone_family(model.arch)
+    if family == "vit":
+        return _tokens(model, size) - 1
+    side = size // SWIN_PATCH if family == "swin" else (size + 3) // 4
+    return math.ceil(side / 8) ** 2
+
+
 def _head_products(model: ModelConfig) -> tuple[int, int]:
     """``(weights of all linear layers of the head, width in front of the last one)``."""
     width = feature_width(model)
@@ -209,14 +230,15 @@ def _head_products(model: ModelConfig) -> tuple[int, int]:
 
 
 def _head(config: Config) -> tuple[int, int, int | None]:
-    """``(parameters, multiply-adds per view)`` of the student's head, and the latter of the teacher's: None
-    without a teacher.
+    """``(parameters, multiply-adds per view or region)`` of the student's head or heads, and the latter of
+    the teacher's: None without a teacher.
     """
     switches, model = config.method, config.model
-    dino, width = switches.method == "dino", feature_width(config.model)
+    dino, width = switches.method in ("dino", "esvit"), feature_width(config.model)
     use_bn = model.use_bn_in_head if dino else True
-    if dino and switches.loss == "ce":
+    if has_dino_head(config):
         parameters, products = head_parameters(model), _head_products(model)[0]
+        parameters *= 1 + matches_regions(config)
     else:
         widths = projector_widths(config, width)
         parameters, products = _mlp(widths, use_bn, last_bias=switches.method != "byol")
@@ -268,6 +290,7 @@ def _state_bytes(config: Config, parameters: int, world_size: int) -> float:
         per_parameter = own / mesh[1] + (2 if half else 4)
     model = config.model
     last_layers = 2 * 4 * model.out_dim * model.bottleneck_dim if has_weight_norm(config) else 0
+    last_layers *= 1 + matches_regions(config)
     queue = 4 * queue_length(config) * projector_widths(config, 0)[-1]
     return float(per_parameter * parameters + last_layers + queue)
 
@@ -295,7 +318,13 @@ def _loss_bytes(config: Config, batch: int) -> float:
     """A share of what the fp32 logits of all student and teacher views would take; all of them and as much
     again for targets and gradients where the loss needs logits.
     """
-    rows = batch * (2 + config.crops.local_crops_number + 2)
+    crops = config.crops
+    rows = batch * (2 + crops.local_crops_number + 2)
+    if matches_regions(config):
+        of_global, of_local = (
+            _regions(config.model, size) for size in (crops.global_crops_size, crops.local_crops_size)
+        )
+        rows += batch * (4 * of_global + crops.local_crops_number * of_local)
     stored = (
         config.method.teacher_op != "center" or config.method.method == "swav" or not config.loss.teacher_temp
     )

@@ -95,6 +95,19 @@ def images(folder: Path, number: int) -> None:
                 "warmup_teacher_temp": 0.03,
             },
         ),
+        (
+            "--arch resnet50 --optimizer sgd --lr 0.03 --weight_decay 1e-4 --weight_decay_end 1e-4 "
+            "--global_crops_scale 0.14 1 --local_crops_scale 0.05 0.14",
+            {
+                "arch": "resnet50",
+                "optimizer": "sgd",
+                "lr": 0.03,
+                "weight_decay": 1e-4,
+                "weight_decay_end": 1e-4,
+                "global_crops_scale": (0.14, 1.0),
+                "local_crops_scale": (0.05, 0.14),
+            },
+        ),
     ],
 )
 def test_official_lines_parse(line: str, expected: dict[str, object]) -> None:
@@ -144,6 +157,15 @@ def test_list_presets_prints_figures_and_reparsable_changes(capsys: pytest.Captu
     assert parse(entry[entry.index("--") :].split())[0] == parse(["--preset", "paper-300"])[0]
 
 
+def test_preset_list_is_list_presets(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        parse(["--preset", "list"])
+    assert stop.value.code == 0
+    assert capsys.readouterr().out.rstrip("\n") == presets_table()
+    for entry in presets_table().split("\n"):
+        assert len(entry) <= 110
+
+
 def test_actions() -> None:
     _, actions = parse("--dry_run --preview_crops 6".split())
     assert (actions.dry_run, actions.preview_crops) == (True, 6)
@@ -163,16 +185,13 @@ def test_actions() -> None:
         ("--preset papr-100", "error: --preset: unknown name 'papr-100', did you mean 'paper-100'?"),
         ("--config no.yaml", "error: --config: cannot read no.yaml: No such file or directory"),
         ("--out_dim 0", "train.py: error: --out_dim: expected a positive integer, got 0"),
-        ("--teacher_temp 0", "error: --teacher_temp: expected a number > 0, got 0.0"),
+        ("--student_temp 0", "error: --student_temp: expected a number > 0, got 0.0"),
         ("--lr -1", "error: --lr: expected a number >= 0, got -1.0"),
         ("--patch_size 128", "--patch_size: expected at most --local_crops_size (96 pixels), got 128"),
         ("--preview_crops -1", "error: --preview_crops: expected a number >= 0, got -1"),
-        # The official ResNet-50 line.
         (
-            "--arch resnet50 --optimizer sgd --lr 0.03 --weight_decay 1e-4 --weight_decay_end 1e-4 "
-            "--global_crops_scale 0.14 1 --local_crops_scale 0.05 0.14",
-            "--arch: expected a vision transformer (vit_tiny, vit_small, vit_base, deit_tiny, deit_small), "
-            "got 'resnet50'",
+            "--arch resnet50 --optimizer sgd --lr 0.03 --attention math",
+            "--attention: expected auto with --arch resnet50, got math",
         ),
     ],
 )

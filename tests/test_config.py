@@ -24,6 +24,7 @@ from fastdino.config import (
     with_flags,
 )
 from fastdino.presets import PRESETS
+from fastdino.validation import method_warnings
 
 # Defaults of main_dino.py.
 OFFICIAL = {
@@ -70,7 +71,30 @@ def test_presets_are_valid_and_list_only_differences(name: str) -> None:
     default, flags = as_flags(Config()), preset(name)
     assert [flag for flag, value in flags.items() if default[flag] == value] == []
     validate(layered(name, None), world_size=1)
-    assert PRESETS[name].__doc__
+    assert PRESETS[name].figure.endswith(".")
+
+
+@pytest.mark.parametrize("name", [name for name in PRESETS if PRESETS[name].base is not None])
+def test_a_preset_differs_from_its_base_by_its_delta_alone(name: str) -> None:
+    row = PRESETS[name]
+    base, flags = as_flags(layered(row.base, None)), as_flags(layered(name, None))
+    assert {flag: value for flag, value in flags.items() if value != base[flag]} == row.delta
+
+
+def test_every_row_of_the_papers_ablations_is_a_preset() -> None:
+    rows = {"table7": 9, "table9": 4, "table13": 8, "table14": 10, "table15": 6, "fig6": 4, "appendix": 46}
+    for table, number in rows.items():
+        assert sum(name.startswith(f"{table}-") for name in PRESETS) == number, table
+    swav = layered("swav-dino", None)
+    assert (swav.method.teacher, swav.method.teacher_op, swav.crops.local_crops_number) == (
+        "copy",
+        "sinkhorn",
+        6,
+    )
+    assert layered("table14-6", None).crops == layered("table8-2x224-6x96", None).crops
+    assert layered("appendix-teacher-temp-0", None).loss.teacher_temp == 0
+    resnet = layered("table13-swav-rn50", None).optim
+    assert resnet.lr * resnet.batch_size / 256 == pytest.approx(4.8)
 
 
 def test_paper_presets_differ_from_the_code_as_the_papers_runs_did() -> None:
@@ -218,7 +242,7 @@ def test_flags_from_python(tmp_path: Path) -> None:
     ("flags", "blamed"),
     [
         ({"arch": "vit_smal"}, "arch"),
-        ({"arch": "resnet50"}, "arch"),
+        ({"arch": "resnet51"}, "arch"),
         ({"patch_size": 0}, "patch_size"),
         ({"patch_size": 97}, "patch_size"),
         ({"patch_size": 225, "local_crops_number": 0}, "patch_size"),
@@ -232,8 +256,27 @@ def test_flags_from_python(tmp_path: Path) -> None:
         ({"bottleneck_dim": -1}, "bottleneck_dim"),
         ({"momentum_teacher": 1.1}, "momentum_teacher"),
         ({"center_momentum": -0.1}, "center_momentum"),
-        ({"warmup_teacher_temp": 0.0}, "warmup_teacher_temp"),
-        ({"teacher_temp": 0.0}, "teacher_temp"),
+        ({"warmup_teacher_temp": 0.0, "warmup_teacher_temp_epochs": 5}, "warmup_teacher_temp"),
+        ({"teacher_temp": 0.0, "warmup_teacher_temp_epochs": 5}, "warmup_teacher_temp"),
+        ({"teacher_temp": 0.0, "teacher_op": "sinkhorn"}, "teacher_temp"),
+        ({"teacher_temp": -0.04}, "teacher_temp"),
+        ({"epsilon": 0.0}, "epsilon"),
+        ({"sinkhorn_iterations": 0}, "sinkhorn_iterations"),
+        ({"method": "byol", "loss": "mse"}, "loss"),
+        ({"method": "mocov2", "teacher_op": "sinkhorn"}, "teacher_op"),
+        ({"method": "swav", "teacher": "copy"}, "teacher"),
+        ({"method": "swav", "predictor": "on"}, "predictor"),
+        ({"loss": "mse", "teacher_op": "sinkhorn"}, "teacher_op"),
+        ({"loss": "mse", "bottleneck_dim": 0}, "bottleneck_dim"),
+        ({"predictor": "on", "bottleneck_dim": 0}, "bottleneck_dim"),
+        ({"sk_joint": True}, "sk_joint"),
+        ({"queue_length": 1024}, "queue_length"),
+        ({"method": "swav", "queue_length": -64}, "queue_length"),
+        ({"method": "swav", "queue_length": 1000}, "queue_length"),
+        ({"method": "mocov2", "queue_length": 0}, "queue_length"),
+        ({"method": "mocov2", "queue_length": 192}, "queue_length"),
+        ({"loss": "infonce", "queue_length": 0}, "queue_length"),
+        ({"method": "mocov2", "cuda_graph": True}, "cuda_graph"),
         ({"student_temp": float("nan")}, "student_temp"),
         ({"lr": -1.0}, "lr"),
         ({"lr": float("nan")}, "lr"),
@@ -306,3 +349,55 @@ def test_split_batch_proposes_a_size_that_fits() -> None:
         split_batch(config, 1)
     with pytest.raises(ConfigError, match="multiple of the 5 processes, got 96"):
         split_batch(config, 5)
+
+
+def test_a_queue_that_fits_no_batch_is_told_which_length_does() -> None:
+    flags = {"method": "mocov2", "queue_length": 1000, "batch_size": 96, "batch_size_per_gpu": 96}
+    with pytest.raises(ConfigError, match=r"multiple of 2 x 96 .* got 1000; --queue_length 960 fits"):
+        validate(with_flags(Config(), flags), world_size=1)
+    validate(with_flags(Config(), flags | {"queue_length": 960}), world_size=1)
+    validate(with_flags(Config(), {"method": "swav", "queue_length": 64 * 3}), world_size=3)
+
+
+@pytest.mark.parametrize(
+    ("flags", "blamed"),
+    [
+        ({"method": "byol"}, "method"),
+        ({"method": "mocov2"}, "method"),
+        ({"loss": "infonce"}, "loss"),
+        ({"predictor": "on"}, "predictor"),
+        ({"teacher": "prev_iter"}, "teacher"),
+    ],
+)
+def test_what_other_methods_add_is_not_sharded(flags: dict[str, Any], blamed: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        validate(with_flags(Config(), {**flags, "mesh": "shard"}), world_size=2)
+    assert error.value.flag == blamed and "with --mesh shard" in str(error.value)
+    validate(with_flags(Config(), {**flags, "mesh": "shard"}), world_size=1)
+
+
+def test_sums_over_processes_are_not_recorded() -> None:
+    flags = {"teacher_op": "sinkhorn", "cuda_graph": True}
+    validate(with_flags(Config(), flags), world_size=1)
+    with pytest.raises(ConfigError, match="--cuda_graph: expected false with 2 processes"):
+        validate(with_flags(Config(), flags), world_size=2)
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ({}, None),
+        ({"method": "byol"}, None),
+        ({"method": "byol", "predictor": "off"}, "table 14"),
+        ({"teacher": "copy"}, "figure 6"),
+        ({"teacher": "copy", "teacher_op": "sinkhorn"}, None),
+        ({"teacher": "copy", "loss": "mse"}, None),
+        ({"teacher": "copy", "loss": "mse", "center_momentum": 1.0}, "nothing prevents collapse"),
+        ({"center_momentum": 1.0}, "figure 7"),
+    ],
+)
+def test_known_collapses_are_warned_of(flags: dict[str, Any], words: str | None) -> None:
+    config = with_flags(Config(), flags)
+    validate(config, world_size=1)
+    found = method_warnings(config)
+    assert [words in warning for warning in found] == ([True] if words else [])

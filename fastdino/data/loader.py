@@ -105,6 +105,8 @@ class MultiCropLoader:
         num_threads = num_threads or len(os.sched_getaffinity(0))
         schedule = Schedule(len(manifest), seed, global_batch, micro_batch, rank, world_size, start_step)
         device = torch.device(device)
+        if device.type == "cuda" and device.index is None:  # the current device is another in the thread
+            device = torch.device("cuda", torch.cuda.current_device())
         on_gpu = finishes_on_gpu(augment_on, device)
         images = ImageSource(
             manifest,

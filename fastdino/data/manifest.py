@@ -87,7 +87,7 @@ def build_manifest(data_path: str | os.PathLike[str], progress: bool = True) -> 
         return _from_folder(root)
     if stat.S_ISREG(mode):
         return _from_list(root)
-    raise ValueError(f"--data_path: expected a folder or a text file, got a special file: {printable(root)}")
+    raise ValueError(f"--data_path: expected a folder or a file, got a special file: {printable(root)}")
 
 
 def printable(path: str) -> str:
@@ -185,8 +185,8 @@ def _from_list(root: str) -> Manifest:
     if _is_image_name(root) or b"\0" in content:
         kind = "an image" if _is_image_name(root) else "a binary file"
         raise ValueError(
-            f"--data_path: expected a folder or a text file with one path per line, "
-            f"got {kind}: {printable(root)}"
+            f"--data_path: expected a folder, a text file with one path per line or an uncompressed shard "
+            f"(.tar .tfrecord .rec .mdb), got {kind}: {printable(root)}"
         )
     lines = [(number, line.rstrip(b"\r")) for number, line in enumerate(content.split(b"\n"), start=1)]
     lines = [(number, line) for number, line in lines if line.strip()]

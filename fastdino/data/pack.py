@@ -28,7 +28,7 @@ from typing import Any, NamedTuple
 
 from PIL import Image
 
-from fastdino.data import containers, runlist
+from fastdino.data import containers, indexing, runlist
 from fastdino.data.manifest import Manifest, build_manifest
 from fastdino.data.prescan import decode_bytes, line
 from fastdino.data.progress import track
@@ -117,9 +117,7 @@ def _complete(manifest: Manifest, output: Path, state: dict[str, Any]) -> Manife
     for name in names:
         status = os.stat(output / name)
         shards.append(Shard(str(output / name), "tar", status.st_size, str(status.st_mtime_ns)))
-    containers.save(
-        {shard: containers.index_shard(shard) for shard in shards}, output / containers.INDEX_NAME
-    )
+    indexing.save({shard: indexing.index_shard(shard) for shard in shards}, output / indexing.INDEX_NAME)
     return build_manifest(output, progress=False)
 
 
@@ -147,6 +145,11 @@ def _open(output: Path, arguments: dict[str, Any]) -> dict[str, Any]:
             f"OUTPUT {output} was begun with other arguments or another source; finish it with the same, or "
             "choose another folder.\n  " + "\n  ".join(different)
         )
+    for shard in state["shards"]:
+        if shard["name"] and not (output / shard["name"]).exists():
+            raise ValueError(
+                f"OUTPUT {output}: {shard['name']} was finished and is missing; choose another folder"
+            )
     return state
 
 
@@ -283,6 +286,10 @@ def main(words: list[str] | None = None) -> int:
     except (ValueError, OSError, ImportError) as error:
         print(f"{parser.prog}: {str(error).replace('--data_path', 'SOURCE', 1)}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        goes_on = "the same command goes on after the last finished shard"
+        print(f"\n{parser.prog}: stopped; {goes_on}", file=sys.stderr)
+        return 130
     left_out = flags.output / LEFT_OUT
     also = f"; others could not be decoded, see {left_out}" if left_out.exists() else ""
     print(f"{len(manifest)} images in {flags.output}{also}")

@@ -30,6 +30,12 @@ def read(url: str, offset: int, length: int) -> bytes:
         content = files.cat_file(path, start=offset, end=offset + length)
     except Exception as error:  # every store raises its own kinds
         raise _failure(url, error) from error
+    if len(content) > length:
+        raise OSError(
+            errno.EIO,
+            f"{without_secrets(url)}: asked for {length} bytes, the server sent {len(content)}: expected one "
+            "that answers requests for a range",
+        )
     return bytes(content)
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
+from fastdino.data.containers import folder_of
 from fastdino.data.manifest import Manifest, printable
 from fastdino.data.samples import Member, Members, Missing
 
@@ -20,9 +21,10 @@ log = logging.getLogger(__name__)
 
 
 def names(manifest: Manifest) -> list[str]:
-    """Paths relative to where the manifest was built from: the same wherever the data set is mounted."""
+    """Paths relative to the folder of the images or shards: the same wherever the data set is mounted, and
+    however its shards are spelled, as a folder or as a pattern."""
     if isinstance(manifest.paths, Members):
-        return list(manifest.paths.names(manifest.root))
+        return list(manifest.paths.names(folder_of(manifest.root)))
     return [_name(path, manifest.root) for path in manifest.paths]
 
 
@@ -30,7 +32,7 @@ def _name(path: str, root: str) -> str:
     if isinstance(path, Missing):
         return str(path)
     if isinstance(path, Member):
-        return f"{os.path.relpath(path.shard.path, root)}/{os.fsdecode(path.key)}"
+        return f"{os.path.relpath(path.shard.path, folder_of(root))}/{os.fsdecode(path.key)}"
     return os.path.relpath(path, root)
 
 

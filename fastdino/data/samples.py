@@ -12,6 +12,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
+import stat
 import threading
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
@@ -24,6 +25,8 @@ import numpy as np
 from fastdino.data import remote
 from fastdino.data.formats import recordio
 
+MAX_BYTES = 8 * 178_956_970
+"""Largest encoded image that is read: `prescan.MAX_PIXELS` of 16-bit RGBA."""
 MAX_OPEN = 256
 """Shards kept open at a time, far below the usual limit of 1024 files."""
 
@@ -162,7 +165,12 @@ def _read(path: str) -> bytes:
     if isinstance(path, Missing):
         raise FileNotFoundError(errno.ENOENT, "no longer in its container")
     if not isinstance(path, Member):
+        status = os.stat(path)
+        if not stat.S_ISREG(status.st_mode) and not stat.S_ISDIR(status.st_mode):
+            raise OSError(errno.EINVAL, "not a regular file")  # a pipe would be waited for
+        _check_size(status.st_size)
         return Path(path).read_bytes()
+    _check_size(abs(path.length))
     content = _handles.get(path.shard).read(path.key, path.offset, abs(path.length))
     if len(content) != abs(path.length):
         raise OSError(
@@ -176,6 +184,11 @@ def _read(path: str) -> bytes:
         return recordio.image(content)
     except ValueError as error:
         raise OSError(errno.EIO, f"offset {path.offset} of the shard: {error}") from error
+
+
+def _check_size(size: int) -> None:
+    if size > MAX_BYTES:
+        raise OSError(errno.EFBIG, f"{size:,} bytes, more than the limit of {MAX_BYTES:,}")
 
 
 class Handle(Protocol):

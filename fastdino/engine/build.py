@@ -7,16 +7,17 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from fastdino.config import Config, ConfigError, backbone_shape, parse_mesh
+from fastdino.config import Config, ConfigError, backbone_family, backbone_shape, parse_mesh
 from fastdino.engine import parallel, rows
 from fastdino.engine.checkpoint import Piece
 from fastdino.engine.graph import GraphStep
 from fastdino.engine.optim import Updater
 from fastdino.engine.step import TrainStep
-from fastdino.methods.dino import DINO
+from fastdino.methods import DINO, Method, build_method
+from fastdino.models import Backbone, ResNet, VisionTransformer
 from fastdino.models.attention import describe_attention, resolve_attention
+from fastdino.models.batch_norm import synchronise_batch_norm
 from fastdino.models.linear import attach_low_precision
-from fastdino.models.vit import VisionTransformer
 
 
 def compute_dtype(config: Config, device: torch.device) -> torch.dtype:
@@ -37,7 +38,7 @@ def hardware_dtype(choice: str, device: torch.device) -> torch.dtype:
 class Engine:
     """What trains: ``step`` moves the weights of ``method`` through ``updater``."""
 
-    method: DINO
+    method: Method
     updater: Updater
     step: TrainStep
     dtype: torch.dtype
@@ -45,8 +46,8 @@ class Engine:
     """Name of the attention kernels that run, for people."""
 
     def state(self) -> dict[str, Tensor | Piece]:
-        """Weights of student and teacher, buffers and center by name; of a sharded model this process's
-        rows.
+        """Weights of student and teacher, buffers, center and queue by name; of a sharded model the rows of
+        this process.
         """
         return {name: rows.piece(value, value) for name, value in self.method.state_dict().items()}
 
@@ -64,14 +65,15 @@ class Engine:
             rows.assign(value, state[name])
         self.updater.refresh_copies()
 
-    def teacher_backbone(self) -> VisionTransformer | None:
-        """The teacher's backbone as a plain module, for evaluation: on rank 0 if it must be gathered, which
-        all processes have to take part in.
+    def evaluated_backbone(self) -> Backbone | None:
+        """The backbone to evaluate, the teacher's or the student's by the method, as a plain module: on rank
+        0 if it must be gathered, which all processes have to take part in.
         """
         if not self.updater.sharded:
-            return self.method.teacher.backbone
+            return getattr(self.method, self.method.evaluated).backbone
         from fastdino.engine import sharding
 
+        assert isinstance(self.method, DINO)
         return sharding.gathered_backbone(self.method.teacher)
 
 
@@ -83,36 +85,51 @@ def build(config: Config, world: parallel.World | None = None, *, accumulate: in
     world = world or parallel.World(0, 1, parallel.device_of(config.run.device))
     device, engine = world.device, config.engine
     dtype = compute_dtype(config, device)
-    width, _, heads = backbone_shape(config.model)
-    attention = resolve_attention(engine.attention, device=device, dtype=dtype, head_dim=width // heads)
+    attention = _attention(config, device, dtype)
     mesh = parse_mesh(engine.mesh, world.size)
     _check(config, world)
 
     torch.manual_seed(config.run.seed)
-    method = DINO(config).to(device)
-    if config.model.use_bn_in_head and world.size > 1:  # batch statistics over all processes, as officially
-        method = nn.SyncBatchNorm.convert_sync_batchnorm(method)
-    method.student.backbone.checkpointing = engine.activation_checkpointing
+    method = build_method(config).to(device)
+    if world.size > 1:  # batch statistics over all processes, as officially
+        synchronise_batch_norm(method)
+    if not isinstance(method.student.backbone, ResNet):
+        method.student.backbone.checkpointing = engine.activation_checkpointing
     by_itself = device.type == "cuda" and attention != "xformers"  # whose masks cannot be traced
     compiled = engine.compile == "on" or (engine.compile == "auto" and by_itself)
     copies: dict[nn.Parameter, Tensor] = {}
     for model in (method.student, method.teacher):
-        model.backbone.set_attention(attention)
+        if model is None:
+            continue
         if mesh is None and dtype != torch.float32:
             copies |= attach_low_precision(model, dtype)
-        if compiled:
-            model.backbone.compile_blocks()
+        if isinstance(model.backbone, VisionTransformer):
+            model.backbone.set_attention(attention)
+            if compiled:
+                model.backbone.compile_blocks()
     if mesh is not None:
         from fastdino.engine import sharding  # imports the FSDP of torch, which takes a second
 
+        assert isinstance(method, DINO)
         sharding.shard(method, mesh, device=device, dtype=dtype)
 
-    updater = Updater(method.student, method.teacher, config.optim, copies=copies)
+    lagging = config.method.teacher == "prev_iter"
+    updater = Updater(method.student, method.teacher, config.optim, copies=copies, lagging=lagging)
     replicated = world.size > 1 and mesh is None
     reducer = parallel.GradientBuckets(updater.parameters) if replicated else None
     kind = GraphStep if engine.cuda_graph else TrainStep
     step = kind(method, updater, dtype=dtype, accumulate=accumulate, reducer=reducer)
-    return Engine(method, updater, step, dtype, describe_attention(attention, device=device, dtype=dtype))
+    vit = isinstance(method.student.backbone, VisionTransformer)
+    described = describe_attention(attention, device=device, dtype=dtype) if vit else attention
+    return Engine(method, updater, step, dtype, described)
+
+
+def _attention(config: Config, device: torch.device, dtype: torch.dtype) -> str:
+    """The backend that computes a ViT's attention; a Swin leaves the choice to PyTorch, a ResNet has none."""
+    if backbone_family(config.model.arch) != "vit":
+        return "sdpa" if backbone_family(config.model.arch) == "swin" else "none"
+    width, _, heads = backbone_shape(config.model)
+    return resolve_attention(config.engine.attention, device=device, dtype=dtype, head_dim=width // heads)
 
 
 def _check(config: Config, world: parallel.World) -> None:
@@ -121,7 +138,3 @@ def _check(config: Config, world: parallel.World) -> None:
         return
     if config.engine.cuda_graph:
         raise ConfigError("cuda_graph", "expected false: this run has no CUDA device")
-    if config.model.use_bn_in_head and world.size > 1:
-        raise ConfigError(
-            "use_bn_in_head", "several processes need GPUs (synchronised batch norm has no CPU form)"
-        )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,15 +14,14 @@ from torch import Tensor
 
 @dataclass
 class StepResult:
-    """Means over the global batch, in nats, and seconds per phase.
+    """Means over the global batch, in nats where they are entropies, and seconds per phase.
 
-    ``skipped``: nothing changed, because something was not finite or because of ``stop``: a process asked to
-    stop. ``scale``: the loss scale after the step.
+    ``signs``: the method's signs of collapse by name. ``skipped``: nothing changed, because something was not
+    finite or because of ``stop``: a process asked to stop. ``scale``: the loss scale after the step.
     """
 
     loss: float
-    teacher_entropy: float
-    kl: float
+    signs: dict[str, float]
     skipped: bool
     stop: bool
     scale: float = 1.0
@@ -63,13 +62,14 @@ class Ring:
     after the same steps, so that they decide alike.
     """
 
-    def __init__(self, device: torch.device, lag: int | None = None):
+    def __init__(self, device: torch.device, signs: Sequence[str], lag: int | None = None):
+        self.signs = signs
         self.cuda = device.type == "cuda"
         self.lag = (2 if self.cuda else 0) if lag is None else lag
         self.rows: deque[tuple[Tensor, Any, Clock]] = deque()
 
     def push(self, row: Tensor, clock: Clock) -> None:
-        """Send a row [6] as :class:`StepResult` has it on its way."""
+        """Send a row (loss, signs, skipped, stop, scale) on its way."""
         host = torch.empty(row.shape, dtype=row.dtype, pin_memory=self.cuda)
         host.copy_(row, non_blocking=True)
         arrived = None
@@ -84,5 +84,6 @@ class Ring:
             host, arrived, clock = self.rows.popleft()
             if arrived is not None:
                 arrived.synchronize()
-            loss, entropy, kl, skipped, stop, scale = host.tolist()
-            yield StepResult(loss, entropy, kl, skipped > 0, stop > 0, scale, clock.seconds())
+            loss, *signs, skipped, stop, scale = host.tolist()
+            named = dict(zip(self.signs, signs, strict=True))
+            yield StepResult(loss, named, skipped > 0, stop > 0, scale, clock.seconds())

@@ -33,39 +33,46 @@ def parameter_groups(module: nn.Module) -> list[dict]:
 
 
 class Updater:
-    """Optimizer of the student and EMA of the teacher.
+    """Optimizer of the student and EMA of the teacher, if there is one; it follows the student's parameters
+    of the same names.
 
-    ``copies`` are 16-bit copies of parameters of either, which every update renews.
+    ``copies`` are 16-bit copies of parameters of either, which every update renews. With ``lagging`` the
+    teacher becomes the student as it was before the step, whatever the momentum.
     """
 
     def __init__(
         self,
         student: nn.Module,
-        teacher: nn.Module,
+        teacher: nn.Module | None,
         config: OptimConfig,
         *,
         copies: Mapping[nn.Parameter, Tensor] | None = None,
+        lagging: bool = False,
     ):
-        self.student, self.teacher = student, teacher
+        self.student, self.teacher, self.lagging = student, teacher, lagging
         self.copies = dict(copies or {})
-        teacher_of = dict(teacher.named_parameters())
+        teacher_of = {} if teacher is None else dict(teacher.named_parameters())
         self.names = {p: name for name, p in student.named_parameters()}
         groups = parameter_groups(student)
         self.parameters: list[nn.Parameter] = [p for g in groups for p in g["params"]]
-        self.last_layer = [p for p in self.parameters if self.names[p].startswith("head.last_layer.")]
-        frozen = [p for p in self.names if not p.requires_grad]
+        last = ("head.last_layer.", "head_dense.last_layer.")
+        self.last_layer = [p for p in self.parameters if self.names[p].startswith(last)]
+        frozen = {p for p in self.names if not p.requires_grad}
         self.shards = rows.shard_group(student)  # processes that hold the rows of one copy of the model
         self.sharded = self.shards is not None
         # What the optimizer knows: the parameters, or this process's rows of them.
         self.rows: dict[nn.Parameter, Tensor] = {p: rows.local(p) for p in self.names}
         for group in groups:
             group["params"] = [self.rows[p] for p in group["params"]]
+        teachers = [teacher_of.get(self.names[p]) for p in self.parameters]
+        pairs = [(p, teacher_of[name]) for p, name in self.names.items() if name in teacher_of]
+        self.pairs = [(self.rows[p], rows.local(t), self.copies.get(t)) for p, t in pairs]
         fused: dict[str, Any] = dict(
             lr=0.0,
-            teacher_params=[rows.local(teacher_of[self.names[p]]) for p in self.parameters],
-            extra_ema=[(self.rows[p], rows.local(teacher_of[self.names[p]])) for p in frozen],
+            teacher_params=[None if t is None else rows.local(t) for t in teachers],
+            extra_ema=[(self.rows[p], rows.local(t)) for p, t in pairs if p in frozen],
             low_precision_params=[self.copies.get(p) for p in self.parameters],
-            low_precision_teacher=[self.copies.get(teacher_of[self.names[p]]) for p in self.parameters],
+            low_precision_teacher=[None if t is None else self.copies.get(t) for t in teachers],
         )
         self.optimizer: AdamWEMA | LARS | LAMB
         if config.optimizer == "adamw":
@@ -99,11 +106,14 @@ class Updater:
         for index, group in enumerate(self.optimizer.param_groups):
             group["lr"] = scalars.lr
             group["weight_decay"] = scalars.weight_decay if index == 0 else 0.0
+        if self.lagging:
+            return self._lagging_step(grad_scale, skip)
         if not self.sharded:
             result = self.optimizer.step(momentum=scalars.momentum, grad_scale=grad_scale, skip=skip)
             return result.found_inf
         from fastdino.engine import sharding
 
+        assert self.teacher is not None
         sharding.reshard(self.teacher)
         grads = [None if p.grad is None else rows.local(p.grad) for p in self.parameters]
         for parameter, grad in zip(self.parameters, grads, strict=True):
@@ -113,6 +123,17 @@ class Updater:
             momentum=scalars.momentum, grad_scale=grad_scale, skip=skip, norms=squares.sqrt() / grad_scale
         )
         return result.found_inf
+
+    @torch.no_grad()
+    def _lagging_step(self, grad_scale: float | Tensor, skip: bool | Tensor) -> Tensor:
+        before = [student.clone() for student, _, _ in self.pairs]
+        found_inf = self.optimizer.step(momentum=1.0, grad_scale=grad_scale, skip=skip).found_inf
+        skipped = found_inf | skip
+        for old, (_, teacher, copy) in zip(before, self.pairs, strict=True):
+            teacher.copy_(torch.where(skipped, teacher, old))
+            if copy is not None:
+                copy.copy_(teacher)
+        return found_inf
 
     def refresh_copies(self) -> None:
         """Renew the 16-bit copies after the weights were set by something else than :meth:`step`."""

@@ -120,6 +120,15 @@ def sum_(tensor: Tensor) -> Tensor:
     return tensor
 
 
+def gather(rows: Tensor) -> Tensor:
+    """Equal numbers of ``rows`` [n, ...] of all processes, one process after another, on each of them."""
+    if size() == 1:
+        return rows
+    parts = [torch.empty_like(rows) for _ in range(size())]
+    dist.all_gather(parts, rows.contiguous())
+    return torch.cat(parts)
+
+
 def any_of(flag: bool, device: torch.device) -> bool:
     """Whether ``flag`` is true on any process."""
     return float(sum_(torch.tensor(float(flag), device=device))) > 0.0

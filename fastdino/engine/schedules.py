@@ -43,6 +43,7 @@ class Hyper:
     momentum: float
     teacher_temp: float
     freeze_last_layer: bool
+    use_queue: bool = True
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,7 @@ class Schedule:
             weight_decay=cosine(
                 step, base=optim.weight_decay, final=optim.weight_decay_end, total=self.total_steps
             ),
-            momentum=cosine(step, base=loss.momentum_teacher, final=1.0, total=self.total_steps),
+            momentum=self._momentum(step),
             teacher_temp=teacher_temperature(
                 epoch,
                 warmup_value=loss.warmup_teacher_temp,
@@ -79,4 +80,15 @@ class Schedule:
                 warmup_epochs=loss.warmup_teacher_temp_epochs,
             ),
             freeze_last_layer=epoch < optim.freeze_last_layer,
+            use_queue=epoch >= self.config.method.epoch_queue_starts,
         )
+
+    def _momentum(self, step: int) -> float:
+        """Of the update at the end of ``step``. A teacher that is the student of the last epoch moves in that
+        epoch's last step alone; one that is the student before this step is not moved by momentum at all.
+        """
+        follows = self.config.method.teacher
+        if follows == "ema":
+            return cosine(step, base=self.config.loss.momentum_teacher, final=1.0, total=self.total_steps)
+        moves = follows == "copy" or (follows == "prev_epoch" and (step + 1) % self.steps_per_epoch == 0)
+        return 0.0 if moves else 1.0

@@ -27,10 +27,10 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 from fastdino.methods.dino import DINO
-from fastdino.models import MultiCropModel, VisionTransformer
+from fastdino.models import Backbone, MultiCropModel, VisionTransformer
 
 # Sharded teachers -> their backbones as plain modules without memory.
-_plain_backbones: weakref.WeakKeyDictionary[nn.Module, VisionTransformer] = weakref.WeakKeyDictionary()
+_plain_backbones: weakref.WeakKeyDictionary[nn.Module, Backbone] = weakref.WeakKeyDictionary()
 
 
 def shard(method: DINO, mesh: tuple[int, int], *, device: torch.device, dtype: torch.dtype) -> None:
@@ -51,6 +51,7 @@ def shard(method: DINO, mesh: tuple[int, int], *, device: torch.device, dtype: t
 def _shard_model(
     model: MultiCropModel, processes: DeviceMesh, dtype: torch.dtype, *, gather_again: bool
 ) -> None:
+    assert isinstance(model.backbone, VisionTransformer)
     layers: list[nn.Module] = [*model.backbone.blocks, model.head.mlp]
     linear = [m for layer in layers for m in layer.modules() if isinstance(m, nn.Linear)]
     matrices = {p for m in linear for p in m.parameters() if p.ndim == 2}
@@ -104,7 +105,7 @@ def full_state(module: nn.Module) -> dict[str, Tensor]:
     return state
 
 
-def gathered_backbone(teacher: MultiCropModel) -> VisionTransformer | None:
+def gathered_backbone(teacher: MultiCropModel) -> Backbone | None:
     """The backbone of ``teacher`` as a plain module with its present weights: the very one if it is not
     sharded, else a copy on rank 0 and None elsewhere. All processes take part.
     """

@@ -1,8 +1,8 @@
 """One optimizer step as device code: nothing here waits for the device or branches on what it computed.
 
-Forward and backward of every micro-batch, one reduction over processes, one update. EMA, center and schedules
-move once per optimizer step, however many micro-batches it accumulates. A step with a loss, center or
-gradient that is not finite on any process changes no byte of student, teacher, center or optimizer anywhere;
+Forward and backward of every micro-batch, one reduction over processes, one update. EMA, center, queue and
+schedules move once per optimizer step, however many micro-batches it accumulates. A step with a loss, center
+or gradient that is not finite on any process changes no byte of student, teacher, optimizer and method;
 that, too, is decided on the device, and the host reads of it in the rows of :class:`~.metrics.Ring`.
 """
 
@@ -18,18 +18,18 @@ from fastdino.engine import parallel
 from fastdino.engine.metrics import Clock, Ring, StepResult
 from fastdino.engine.optim import Updater
 from fastdino.engine.schedules import Hyper
-from fastdino.methods.dino import DINO
+from fastdino.methods import Method
 
 
 class Scalars:
     """The numbers that change from step to step, in one tensor on the device, uploaded by one copy."""
 
     def __init__(self, device: torch.device):
-        self.values = torch.zeros(4, dtype=torch.float64, device=device)
-        self.lr, self.weight_decay, self.momentum, self.teacher_temp = self.values.unbind()
+        self.values = torch.zeros(5, dtype=torch.float64, device=device)
+        self.lr, self.weight_decay, self.momentum, self.teacher_temp, self.use_queue = self.values.unbind()
 
     def set(self, hyper: Hyper) -> None:
-        numbers = (hyper.lr, hyper.weight_decay, hyper.momentum, hyper.teacher_temp)
+        numbers = (hyper.lr, hyper.weight_decay, hyper.momentum, hyper.teacher_temp, hyper.use_queue)
         host = torch.tensor(numbers, dtype=torch.float64, pin_memory=self.values.is_cuda)
         self.values.copy_(host, non_blocking=True)
 
@@ -73,7 +73,7 @@ class TrainStep:
 
     def __init__(
         self,
-        method: DINO,
+        method: Method,
         updater: Updater,
         *,
         dtype: torch.dtype,
@@ -83,18 +83,20 @@ class TrainStep:
     ):
         self.method, self.updater, self.dtype, self.accumulate = method, updater, dtype, accumulate
         self.reducer = reducer
-        device = method.center.device
+        device = updater.parameters[0].device
         self.scalars = Scalars(device)
         self.scaler = scaler or Scaler(device, enabled=dtype == torch.float16)
-        self.ring = Ring(device)
-        # [batch center (K), loss, entropy, KL, stop], sums over micro-batches and processes
-        self.sums = torch.zeros(method.center.numel() + 4, device=device)
-        self.row = torch.zeros(6, device=device)
+        self.ring = Ring(device, method.signs)
+        # [statistics, loss, signs, stop], sums over micro-batches and processes
+        self.sums = torch.zeros(method.statistics_size + len(method.signs) + 2, device=device)
+        self.row = torch.zeros(len(method.signs) + 4, device=device)
         # A skipped step must not show in the running statistics either.
         norms = [m for m in method.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
         self.statistics = [(b, b.clone()) for m in norms for b in m.buffers()]
         # Collectives inside of forward and backward must be the same on every process: no way out in between.
-        self.may_abandon = not updater.sharded and not any(isinstance(m, nn.SyncBatchNorm) for m in norms)
+        alone = parallel.size() == 1 or not method.communicates
+        alone = alone and not any(isinstance(m, nn.SyncBatchNorm) for m in norms)
+        self.may_abandon = alone and not updater.sharded
 
     def run(self, batches: Iterator[Crops], hyper: Hyper, stop: Callable[[], bool] = bool) -> StepResult:
         """:meth:`enqueue`, then wait for its result."""
@@ -162,10 +164,12 @@ class TrainStep:
                 crops.local,
                 teacher_temp=self.scalars.teacher_temp,
                 freeze_last_layer=frozen,
+                use_queue=self.scalars.use_queue,
             )
-        numbers = [x.detach().float() for x in (out.loss, out.teacher_entropy, out.kl)]
+        signs = [out.signs[name] for name in self.method.signs]
+        numbers = [x.detach().float() for x in (out.loss, *signs)]
         tail = torch.stack([*numbers, torch.zeros_like(numbers[0])])
-        return out.loss, torch.cat([out.batch_center.float(), tail])
+        return out.loss, torch.cat([out.statistics.float(), tail])
 
     def backward(self, loss: Tensor, summand: Tensor) -> None:
         (loss * self.scaler.scale if self.scaler.enabled else loss).backward()
@@ -178,7 +182,7 @@ class TrainStep:
         parallel.sum_(self.sums)
 
     def update(self) -> None:
-        """Student, optimizer, teacher, center and loss scale, unless anything is not finite; the row."""
+        """Student, optimizer, teacher, method and loss scale, unless anything is not finite; the row."""
         parts = self.accumulate * parallel.size()
         means = self.sums / parts
         stopped = self.sums[-1] > 0
@@ -188,9 +192,10 @@ class TrainStep:
         scale = self.scaler.scale * parts if self.scaler.enabled else float(parts)
         found_inf = self.updater.step(self.scalars, grad_scale=scale, skip=refused)
         skipped = refused | found_inf
-        self.method.update_center(means[:-4], skipped)
+        size = self.method.statistics_size
+        self.method.update(means[:size], skipped)
         for statistic, before in self.statistics:
             statistic.copy_(torch.where(skipped, before, statistic))
         self.scaler.update(skipped, stopped)
         flags = torch.stack([skipped.float(), stopped.float(), self.scaler.scale])
-        self.row.copy_(torch.cat([means[-4:-1], flags]))
+        self.row.copy_(torch.cat([means[size:-1], flags]))

@@ -23,12 +23,14 @@ from typing import Any, NoReturn
 
 import torch
 
-from fastdino.config import Config, config_to_dict, config_to_yaml, split_batch
-from fastdino.data import runlist, sampler
-from fastdino.data.loader import MultiCropLoader, wants_cache
+from fastdino.config import Config, MethodConfig, config_to_dict, config_to_yaml, split_batch
+from fastdino.data import containers, runlist, sampler
+from fastdino.data.decoding import import_dali
+from fastdino.data.loader import AUGMENTATION_VERSION, MultiCropLoader, wants_cache
 from fastdino.data.manifest import Manifest, build_manifest
-from fastdino.data.prescan import prescan
+from fastdino.data.prescan import BAD_NAME, prescan
 from fastdino.data.preview import contact_sheet
+from fastdino.data.remote import is_url
 from fastdino.engine import checkpoint, parallel, rows
 from fastdino.engine.build import build
 from fastdino.engine.logs import Curves, Screen, append_line, environment, keep_lines, write_text
@@ -37,8 +39,16 @@ from fastdino.engine.monitor import Monitor
 from fastdino.engine.schedules import Hyper, Schedule
 from fastdino.evaluation.features import available_cores
 from fastdino.report import write_report
+from fastdino.switches import prototypes
+from fastdino.validation import method_warnings
 
 _PHASES = ("data", "forward", "backward", "update")
+
+# What checkpoints of earlier releases do not tell, and what to do when it differs.
+_ADVICE = {
+    "augmentation version": "crops would be made in another way; continue with the release that began it",
+    "DALI version": "images may be decoded to other pixels; install the one that began the run",
+}
 
 
 class Stopped(SystemExit):
@@ -78,7 +88,7 @@ class Trainer:
         self.step = 0  # steps that were begun
         self.read = 0  # steps whose results are known; on a GPU a little behind
         self.counters = {"bad_steps": 0, "bad_in_a_row": 0}
-        # Over the good steps of this epoch: loss, teacher_entropy, kl; and their number.
+        # Over the good steps of this epoch: loss, signs of collapse; and their number.
         self.sums: dict[str, float] = {}
         self.resumed_from: Path | None = None
         self._resume()
@@ -87,7 +97,13 @@ class Trainer:
 
     def _open_data(self) -> Manifest:
         """The manifest without bad files; rank 0 scans, the others read its result."""
-        manifest = build_manifest(self.config.data.data_path)
+        data_path = self.config.data.data_path
+        indexed = containers.find(data_path) is not None  # by rank 0, then the others read its index
+        if indexed and not self.world.main:
+            parallel.after_main()
+        manifest = build_manifest(data_path, progress=self.world.main)
+        if indexed and self.world.main:
+            parallel.after_main()
         if self.world.main:
             try:
                 self.output.mkdir(parents=True, exist_ok=True)
@@ -112,7 +128,8 @@ class Trainer:
     def _clean(self, manifest: Manifest, cache_dir: Path) -> Manifest:
         """``manifest`` without what --prescan finds unreadable."""
         choice = self.config.data.prescan
-        if choice == "off" or (choice == "auto" and len(manifest) > 200_000):
+        costly = len(manifest) > 200_000 or is_url(manifest.root)
+        if choice == "off" or (choice == "auto" and costly):
             return manifest
         if not self.world.main:
             parallel.after_main()
@@ -138,11 +155,13 @@ class Trainer:
         digest = hashlib.sha256(names.encode("utf-8", "surrogateescape"))
         plain = config_to_dict(self.config)
         return {
-            **{f"--{k}": v for group in ("model", "crops") for k, v in plain[group].items()},
+            **{f"--{k}": v for group in ("model", "method", "crops") for k, v in plain[group].items()},
             "--optimizer": self.config.optim.optimizer,
             "--seed": self.config.run.seed,
             "global batch": self.global_batch,
             "list of images": digest.hexdigest()[:16],
+            "augmentation version": AUGMENTATION_VERSION,
+            "DALI version": import_dali().__version__,
         }
 
     def _resume(self) -> None:
@@ -170,11 +189,14 @@ class Trainer:
         """
         model, optimizer, meta = checkpoint.load(path)
         imported = "official" in meta  # an official file does not know its images and counts epochs only
-        ours, theirs = json.loads(json.dumps(self._identity)), meta["identity"]
+        # Checkpoints of releases that knew DINO alone have no flags of other methods.
+        older = {f"--{k}": v for k, v in dataclasses.asdict(MethodConfig()).items()}
+        ours, theirs = json.loads(json.dumps(self._identity)), {**older, **meta["identity"]}
         different = [
             f"{k}: checkpoint {theirs.get(k)!r}, now {ours.get(k)!r}"
+            + (f" ({_ADVICE[k]})" if k in _ADVICE else "")
             for k in ours
-            if ours[k] != theirs.get(k) and (k in theirs or not imported)
+            if ours[k] != theirs.get(k) and (k in theirs or not (imported or k in _ADVICE))
         ]
         if different:
             raise checkpoint.CheckpointError(
@@ -208,6 +230,8 @@ class Trainer:
             dtype=torch.float32 if self.world.device.type == "cpu" else self.dtype,
             num_threads=self._data_threads(),
             cache_decoded=self.cache_decoded,
+            augment_on=self.config.data.augment_on,
+            bad_files=self.output / BAD_NAME,
         )
         screen = Screen(self.total_steps, self.step, enabled=self.world.main)
         with loader, _signals(self._on_signal):
@@ -286,7 +310,11 @@ class Trainer:
         record = {
             "step": self.read,
             "epoch": epoch,
-            **{k: v for k, v in dataclasses.asdict(hyper).items() if k != "freeze_last_layer"},
+            **{
+                k: v
+                for k, v in dataclasses.asdict(hyper).items()
+                if k not in ("freeze_last_layer", "use_queue")
+            },
             **window.take(),
             "bad_steps": self.counters["bad_steps"],
             "time": time.time(),
@@ -312,8 +340,8 @@ class Trainer:
         """Sum up a good step, count a bad one; whether that was one too many in a row."""
         if not result.skipped:
             self.counters["bad_in_a_row"] = 0
-            for key in ("loss", "teacher_entropy", "kl"):
-                self.sums[key] = self.sums.get(key, 0.0) + getattr(result, key)
+            for key, value in {"loss": result.loss, **result.signs}.items():
+                self.sums[key] = self.sums.get(key, 0.0) + value
             self.sums["steps"] = self.sums.get("steps", 0.0) + 1.0
             return False
         if self.engine.step.scaler.enabled and math.isfinite(result.loss) and result.scale > 1.0:
@@ -338,26 +366,38 @@ class Trainer:
         """Write the official log line and warn of collapse."""
         steps = self.sums.get("steps", 0.0)
         if steps and self.world.main:
-            mean = {k: self.sums[k] / steps for k in ("loss", "teacher_entropy", "kl")}
+            mean = {k: self.sums[k] / steps for k in ("loss", *self.method.signs)}
             append_line(
                 self.output / "log.txt",
-                {"train_loss": mean["loss"], "train_lr": hyper.lr, "train_wd": hyper.weight_decay}
-                | {"train_teacher_entropy": mean["teacher_entropy"], "train_kl": mean["kl"], "epoch": epoch},
+                {"train_loss": mean.pop("loss"), "train_lr": hyper.lr, "train_wd": hyper.weight_decay}
+                | {f"train_{k}": v for k, v in mean.items()}
+                | {"epoch": epoch},
             )
-            highest = math.log(self.config.model.out_dim)
-            if mean["teacher_entropy"] < 0.01 * highest:
-                screen.say(
-                    f"WARNING: COLLAPSE to one prototype: teacher entropy {mean['teacher_entropy']:.3f} is "
-                    "within 1 % of 0. Likely causes: "
-                    "--teacher_temp too low, or --center_momentum too close to 1 (the center lags behind)."
-                )
-            elif mean["teacher_entropy"] > 0.99 * highest:
-                screen.say(
-                    f"WARNING: COLLAPSE to the uniform distribution: teacher entropy "
-                    f"{mean['teacher_entropy']:.3f} is within 1 % of ln K = {highest:.3f}. Likely causes: "
-                    "--teacher_temp or --warmup_teacher_temp too high, or --lr too low to have moved yet."
-                )
+            self._warn_of_collapse(mean, screen)
         self.sums = {}
+
+    def _warn_of_collapse(self, signs: dict[str, float], screen: Screen) -> None:
+        highest = math.log(max(1, prototypes(self.config)))
+        temperature = "--epsilon" if self.config.method.method == "swav" else "--teacher_temp"
+        # A single prototype on purpose: no temperature to blame.
+        entropy = signs.get("teacher_entropy") if self.config.loss.teacher_temp else None
+        if entropy is not None and entropy < 0.01 * highest:
+            screen.say(
+                f"WARNING: COLLAPSE to one prototype: teacher entropy {entropy:.3f} is "
+                "within 1 % of 0. Likely causes: "
+                f"{temperature} too low, or --center_momentum too close to 1 (the center lags behind)."
+            )
+        elif entropy is not None and entropy > 0.99 * highest:
+            screen.say(
+                f"WARNING: COLLAPSE to the uniform distribution: teacher entropy "
+                f"{entropy:.3f} is within 1 % of ln K = {highest:.3f}. Likely causes: "
+                f"{temperature} too high, or --lr too low to have moved yet."
+            )
+        if signs.get("spread", 1.0) < 0.05:
+            screen.say(
+                f"WARNING: COLLAPSE: the embeddings of all images are nearly the same (spread "
+                f"{signs['spread']:.3f} of at most 1). Likely causes: --lr too high, no predictor, no center."
+            )
 
     # -- output ----------------------------------------------------------------------------------------------
 
@@ -387,6 +427,8 @@ class Trainer:
             f"{self.global_batch} = {self.world.size} process(es) x {self.accumulate} x {self.micro_batch}, "
             f"{self.total_steps} steps in {facts['precision']} on {facts['device']}"
         )
+        for warning in method_warnings(self.config):
+            screen.say(f"WARNING: {warning}")
         if self.step:
             screen.say(f"continuing after step {self.step} from {self.resumed_from}")
         if moved := checkpoint.set_aside(self.checkpoints, self.step if self.resumed_from else -1):
@@ -419,7 +461,7 @@ class Trainer:
         """k-NN of the teacher on rank 0, unless it is known; ``baseline`` adds raw pixels (the teacher is
         then the untrained network).
         """
-        backbone = self.engine.teacher_backbone() if self.monitor.active else None
+        backbone = self.engine.evaluated_backbone() if self.monitor.active else None
         if backbone is not None and self.world.main and not self._evaluated():
             try:
                 scores = self.monitor.knn(backbone, self._interruptible)
@@ -445,7 +487,9 @@ class Trainer:
         append_line(self.output / "eval.jsonl", record)
         curves.add({f"knn_top1_{k}": v for k, v in scores.items()}, self.step)
         text = "  ".join(f"k={k} {v:.1f} %" for k, v in scores.items())
-        screen.say(f"k-NN top-1 of the {'teacher' if raw is None else 'untrained network'}: {text}")
+        screen.say(
+            f"k-NN top-1 of the {self.method.evaluated if raw is None else 'untrained network'}: {text}"
+        )
 
     def _evaluated(self) -> bool:
         path = self.output / "eval.jsonl"
@@ -458,7 +502,7 @@ class Trainer:
             raise _Interrupted
 
     def _report(self, screen: Screen, *, final: bool) -> None:
-        backbone = self.engine.teacher_backbone() if self.config.run.report else None
+        backbone = self.engine.evaluated_backbone() if self.config.run.report else None
         if backbone is not None and self.world.main:
             try:
                 path = write_report(self.output, backbone=backbone, image_paths=self.monitor.pictures(8))
@@ -498,7 +542,8 @@ class _Window:
     def take(self) -> dict[str, float]:
         now, n = time.perf_counter(), len(self.results)
         good = [r for r in self.results if not r.skipped] or self.results
-        out = {k: sum(getattr(r, k) for r in good) / len(good) for k in ("loss", "teacher_entropy", "kl")}
+        out = {"loss": sum(r.loss for r in good) / len(good)}
+        out |= {k: sum(r.signs[k] for r in good) / len(good) for k in good[0].signs}
         out["img_s"] = self.images * n / (now - self.since)
         out |= {f"t_{p}": sum(r.seconds.get(p, 0.0) for r in self.results) / n for p in _PHASES}
         self.results, self.since = [], now
@@ -506,7 +551,6 @@ class _Window:
 
 
 def _line(record: dict[str, Any]) -> str:
-    return (
-        f"loss {record['loss']:.4f} lr {record['lr']:.2e} entropy {record['teacher_entropy']:.3f} "
-        f"KL {record['kl']:.3f} {record['img_s']:.0f} img/s"
-    )
+    named = {"teacher_entropy": "entropy", "kl": "KL", "spread": "spread", "accuracy": "accuracy"}
+    signs = " ".join(f"{name} {record[key]:.3f}" for key, name in named.items() if key in record)
+    return f"loss {record['loss']:.4f} lr {record['lr']:.2e} {signs} {record['img_s']:.0f} img/s"

@@ -31,6 +31,9 @@ PROTOCOLS = (
     "report",
 )
 
+ON_ONE_PROCESS = ("attention", "jaccard", "pca", "collapse", "throughput")
+"""Under torchrun the first process does these, the others have nothing to do. The rest share the images."""
+
 
 def main(arguments: list[str] | None = None) -> int:
     """Run one evaluation; the exit code is 0, or 2 after a one-line message about a flag or a file."""
@@ -44,12 +47,15 @@ def main(arguments: list[str] | None = None) -> int:
     if "WORLD_SIZE" in os.environ:
         from fastdino.engine import parallel
 
+        parallel.after_main()  # which may be drawing still
         parallel.stop()
     return 0
 
 
 def run(flags: argparse.Namespace, words: list[str]) -> None:
     """Run the protocol that ``words`` name, of which ``flags`` were read, and say what it measured."""
+    if flags.protocol in ON_ONE_PROCESS and not first():
+        return
     started = time.monotonic()
     result = flags.run(flags)
     if first():

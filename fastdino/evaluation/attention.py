@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 from PIL import Image, ImageDraw
-from torch import Tensor, nn
+from torch import Tensor
 
 from fastdino.evaluation import sheets
 from fastdino.evaluation.features import ImagePath, evaluating, normalize, read_image
@@ -18,15 +18,6 @@ from fastdino.evaluation.sheets import Color
 
 if TYPE_CHECKING:
     from fastdino.models.vit import VisionTransformer
-
-
-def vision_transformer(network: nn.Module) -> VisionTransformer:
-    """The network itself; ValueError unless it has attention from a [CLS] token, and patch tokens."""
-    from fastdino.models.vit import VisionTransformer
-
-    if not isinstance(network, VisionTransformer):
-        raise ValueError(f"--weights: expected a vision transformer, got a {type(network).__name__}")
-    return network
 
 
 def square_pixels(image: Image.Image, size: tuple[int, int], patch_size: int) -> Tensor:

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from fastdino.engine.parallel import World
-    from fastdino.models import Backbone
+    from fastdino.models import Backbone, VisionTransformer
 
 T = TypeVar("T")
 
@@ -117,10 +117,12 @@ def device_argument(parser: Any) -> None:
     )
 
 
-def output_argument(parser: argparse.ArgumentParser, default: str | None = None) -> None:
-    """--output_dir: where `finish` writes the result and the command its pictures."""
+def output_argument(parser: argparse.ArgumentParser, default: str | None = None, keeps: str = "") -> None:
+    """--output_dir: where `finish` writes the result and the command its pictures, and what it ``keeps``."""
     where = "the result is not written" if default is None else default
-    parser.add_argument("--output_dir", metavar="DIR", default=default, help=f"default: {where}")
+    parser.add_argument(
+        "--output_dir", metavar="DIR", default=default, help=f"{keeps and f'keeps {keeps}; '}default: {where}"
+    )
 
 
 def loading_arguments(parser: argparse.ArgumentParser, batch_size: int = 128) -> None:
@@ -182,15 +184,23 @@ def precision(flags: argparse.Namespace) -> torch.dtype:
     return hardware_dtype(flags.precision, device(flags))
 
 
+def precision_name(flags: argparse.Namespace) -> str:
+    """The same in words, for settings."""
+    return str(precision(flags)).removeprefix("torch.")
+
+
 def backbone(flags: argparse.Namespace) -> Backbone:
     """The network of --weights, in evaluation mode on its device."""
     if not flags.weights:
         raise ValueError(
             "--weights is required (run directory, checkpoint directory, official .pth file, or 'random')"
         )
-    if flags.weights == "random":
-        import torch
+    import torch
 
+    network: Any
+    if isinstance(flags.weights, torch.nn.Module):  # see `fastdino.evaluation.evaluate`
+        network = flags.weights
+    elif flags.weights == "random":
         from fastdino.config import ModelConfig
         from fastdino.models import build_backbone
 
@@ -215,6 +225,18 @@ def backbone(flags: argparse.Namespace) -> Backbone:
     return network.to(device(flags)).eval()
 
 
+def vision_transformer(flags: argparse.Namespace, of_which: str) -> VisionTransformer:
+    """The network of --weights; ValueError unless it has a [CLS] token and patch tokens, ``of_which`` this
+    protocol needs something.
+    """
+    from fastdino.models import VisionTransformer
+
+    network = backbone(flags)
+    if not isinstance(network, VisionTransformer):
+        raise ValueError(f"--weights: expected a vision transformer, {of_which}, got {network_name(network)}")
+    return network
+
+
 def network_name(network: nn.Module) -> str:
     """What the network is called in tables: vit_small/16, resnet50, ..., or its class for one of no name."""
     from fastdino.config import ARCHITECTURES
@@ -222,6 +244,8 @@ def network_name(network: nn.Module) -> str:
     if getattr(network, "name", None):
         return str(network.name)
     shape = tuple(getattr(network, side, None) for side in ("embed_dim", "depth", "num_heads"))
+    if None in shape:
+        return type(network).__name__
     named = [name for name, known in ARCHITECTURES.items() if tuple(known) == shape]
     patch = getattr(network, "patch_size", None)
     name = named[0] if named else f"ViT {shape[0]}x{shape[1]}"

@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,8 +19,14 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from fastdino.evaluation.descriptors import ahead
-from fastdino.evaluation.features import IMAGENET_MEAN, Progress, evaluating, read_image
+from fastdino.evaluation.features import (
+    IMAGENET_MEAN,
+    Progress,
+    evaluating,
+    in_threads,
+    read_image,
+    read_numbers,
+)
 
 if TYPE_CHECKING:
     from fastdino.models.vit import VisionTransformer
@@ -102,17 +107,7 @@ def read_labels(path: Path, void: bool = False) -> np.ndarray:
 
     Raises FileNotFoundError or ValueError naming the file.
     """
-    try:
-        with Image.open(path) as image:
-            if image.mode not in ("P", "L"):
-                raise ValueError(
-                    f"expected a palette or 8-bit grey image of object numbers, got mode {image.mode}"
-                )
-            labels = np.array(image)
-    except FileNotFoundError:
-        raise FileNotFoundError(f"no such mask: {path}") from None
-    except (OSError, SyntaxError, ValueError) as error:
-        raise ValueError(f"cannot read mask {path}: {error}") from error
+    labels = read_numbers(path)
     return np.where(labels == _VOID, 0, labels).astype(np.uint8) if void else labels
 
 
@@ -290,8 +285,8 @@ def segment(
         )
 
     def features() -> Iterator[Tensor]:
-        loaded = ahead(video.frames, lambda path: load_frame(path, how, size), 2 * batch_size, num_threads)
-        while batch := list(islice(loaded, batch_size)):
+        parts = (video.frames[i : i + batch_size] for i in range(0, len(video.frames), batch_size))
+        for batch in in_threads(lambda path: load_frame(path, how, size), parts, num_threads):
             with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
                 tokens = patch_features(backbone, torch.stack(batch).to(device))
             yield from tokens

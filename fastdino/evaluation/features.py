@@ -13,12 +13,13 @@ import functools
 import io
 import os
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, TypeAlias, TypeVar
 
 import numpy as np
 import torch
@@ -35,10 +36,14 @@ from fastdino.evaluation.feature_file import FeatureFile, digest_of_paths, diges
 if TYPE_CHECKING:
     from fastdino.engine.parallel import World
 
+T = TypeVar("T")
+R = TypeVar("R")
+
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
 ImagePath: TypeAlias = "str | os.PathLike[str]"
+_KINDS = {"P": "palette", "L": "8-bit grey", "1": "1-bit"}  # Pillow's modes
 Progress: TypeAlias = Callable[[int, int], None]
 """Called as ``progress(images done, images in all)`` after every batch."""
 
@@ -184,9 +189,7 @@ def extract_features(
         )
     own = share(len(paths), batch_size, world)
     batches = [slice(i, min(i + batch_size, own.stop)) for i in range(own.start, own.stop, batch_size)]
-    run = functools.partial(
-        _run, backbone, paths, image_size, device, num_threads or available_cores(), dtype, normalized
-    )
+    run = functools.partial(_run, backbone, paths, image_size, device, num_threads, dtype, normalized)
     if file is not None:
         settings = {"image_size": image_size, "precision": str(dtype), "normalized": normalized}
         key = {"weights": digest_of_weights(backbone), "paths": digest_of_paths(paths), **settings}
@@ -208,7 +211,7 @@ def extract_features(
     run(batches, keep, progress, own.stop - own.start)
     if features is None:  # more processes than batches
         features = torch.empty(0, _width(backbone, image_size, device))
-    return features if world is None or world.size == 1 else _gather(features, len(paths), batch_size, world)
+    return features if world is None or world.size == 1 else gather(features, len(paths), batch_size, world)
 
 
 def share(n: int, batch_size: int, world: World | None) -> slice:
@@ -267,32 +270,42 @@ def _views(
     paths: Sequence[ImagePath], batches: list[slice], size: int, num_threads: int, bytes_on_gpu: bool = False
 ) -> Iterator[tuple[slice, Tensor]]:
     """Each batch and the views of its images: normalised float32 [b, 3, size, size], or uint8 in pinned
-    memory. Threads work at most two batches ahead of the one that was handed out.
+    memory.
     """
     dtype = torch.uint8 if bytes_on_gpu else torch.float32
-    pending: deque[tuple[slice, Tensor, list[Future[None]]]] = deque()
-    with ThreadPoolExecutor(num_threads, thread_name_prefix="decode") as pool:
+    begun: deque[Tensor] = deque()
 
-        def begin(rows: slice) -> None:
+    def jobs() -> Iterator[list[tuple[ImagePath, Tensor]]]:
+        for rows in batches:
             with torch.inference_mode(False):  # in which the threads are not
                 out = torch.empty(rows.stop - rows.start, 3, size, size, dtype=dtype, pin_memory=bytes_on_gpu)
-            jobs = [pool.submit(view, paths[i], out[i - rows.start]) for i in range(rows.start, rows.stop)]
-            pending.append((rows, out, jobs))
+            begun.append(out)
+            yield [(paths[i], out[i - rows.start]) for i in range(rows.start, rows.stop)]
 
+    for rows, _ in zip(batches, in_threads(lambda job: view(*job), jobs(), num_threads), strict=True):
+        yield rows, begun.popleft()
+
+
+def in_threads(
+    work: Callable[[T], R], batches: Iterable[Sequence[T]], num_threads: int = 0
+) -> Iterator[list[R]]:
+    """``work`` of all members of each batch, in order, done by threads (0: one per core) that keep two
+    batches ahead.
+    """
+    with ThreadPoolExecutor(num_threads or available_cores(), thread_name_prefix="decode") as pool:
+        source = iter(batches)
+        pending: deque[list[Future[R]]] = deque()
         try:
-            for rows in batches[:2]:
-                begin(rows)
-            for i in range(len(batches)):
-                rows, out, jobs = pending.popleft()
-                for job in jobs:
-                    job.result()
-                if i + 2 < len(batches):
-                    begin(batches[i + 2])
-                yield rows, out
+            while True:
+                for batch in islice(source, 3 - len(pending)):
+                    pending.append([pool.submit(work, item) for item in batch])
+                if not pending:
+                    return
+                yield [future.result() for future in pending.popleft()]
         finally:
-            for _, _, jobs in pending:
-                for job in jobs:
-                    job.cancel()
+            for futures in pending:
+                for future in futures:
+                    future.cancel()
 
 
 def _width(backbone: nn.Module, image_size: int, device: torch.device) -> int:
@@ -301,8 +314,11 @@ def _width(backbone: nn.Module, image_size: int, device: torch.device) -> int:
         return backbone(torch.zeros(1, 3, image_size, image_size, device=device)).shape[1]
 
 
-def _gather(own: Tensor, n: int, batch_size: int, world: World, rows: int = 1 << 16) -> Tensor:
-    """The features of all processes, on every one: each sends its share in turn, some rows at a time."""
+def gather(own: Tensor, n: int, batch_size: int, world: World, rows: int = 1 << 16) -> Tensor:
+    """The features [n, D] of all processes, on every one, from those of each one's :func:`share`.
+
+    Each sends its own in turn, some rows at a time.
+    """
     features = torch.empty(n, own.shape[1])
     for rank in range(world.size):
         part = share(n, batch_size, replace(world, rank=rank))
@@ -325,7 +341,7 @@ def raw_pixel_features(paths: Sequence[ImagePath], size: int = 32, *, num_thread
     if not len(paths):
         raise ValueError("raw_pixel_features: expected at least one image, got an empty list")
     batches = [slice(i, min(i + 256, len(paths))) for i in range(0, len(paths), 256)]
-    parts = _views(paths, batches, size, num_threads or available_cores())
+    parts = _views(paths, batches, size, num_threads)
     return torch.cat([pixels.flatten(1) for _, pixels in parts])
 
 
@@ -334,12 +350,39 @@ def available_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def list_images(data_path: ImagePath) -> tuple[Path, list[Path]]:
-    """``(root, images below it in order)`` of a folder, or of the folder of a single image file."""
+def list_images(data_path: ImagePath) -> tuple[str, list[str]]:
+    """``(root, images below it in order)`` of a folder, a list, containers, or the folder of one image file.
+
+    Images in containers are no files: `read_image` reads them all, `name_below` names them.
+    """
+    from fastdino.data import containers
     from fastdino.data.manifest import build_manifest
 
-    root = Path(data_path)
-    if root.is_file() and root.suffix.lower() != ".txt":
-        return root.parent, [root]
-    manifest = build_manifest(root)
-    return (root if root.is_dir() else root.parent), [Path(path) for path in manifest.paths]
+    root = os.fspath(data_path)
+    if os.path.isfile(root) and not root.lower().endswith(".txt") and containers.kind_of(root) is None:
+        return os.path.dirname(root), [root]
+    return root if os.path.isdir(root) else os.path.dirname(root), list(build_manifest(root).paths)
+
+
+def name_below(root: ImagePath, path: ImagePath) -> Path:
+    """The path relative to ``root``, or all of it if it lies elsewhere: relative, and without ``..``."""
+    whole, top = Path(os.path.abspath(path)), os.path.abspath(root)
+    return whole.relative_to(top if whole.is_relative_to(top) else whole.anchor)
+
+
+def read_numbers(path: ImagePath, modes: Sequence[str] = ("P", "L")) -> np.ndarray:
+    """Object numbers uint8 [H, W] of a mask: palette or 8-bit grey, or what ``modes`` of Pillow allow.
+
+    Raises FileNotFoundError or ValueError naming the file.
+    """
+    name = os.fspath(path)
+    try:
+        with Image.open(io.BytesIO(read(name))) as image:
+            if image.mode not in modes:
+                kinds = " or ".join(_KINDS[mode] for mode in modes)
+                raise ValueError(f"expected a {kinds} image of object numbers, got mode {image.mode}")
+            return np.array(image.convert("L") if image.mode == "1" else image)
+    except FileNotFoundError:
+        raise FileNotFoundError(f"no such mask: {name}") from None
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise ValueError(f"cannot read mask {name}: {error}") from error

@@ -24,7 +24,7 @@ from fastdino.data.sampler import permutation, steps_per_epoch
 from fastdino.engine import parallel
 from fastdino.engine.parallel import World
 from fastdino.evaluation import mixup
-from fastdino.evaluation.features import extract_features
+from fastdino.evaluation.features import extract_features, in_threads
 from fastdino.evaluation.randaugment import rand_augment
 from fastdino.evaluation.training import (
     Record,
@@ -32,7 +32,6 @@ from fastdino.evaluation.training import (
     decoded,
     generator,
     hits,
-    in_threads,
     on_device,
     random_crop,
 )
@@ -116,7 +115,7 @@ def build_classifier(
     """
     if recipe.layer_decay != 1 and not isinstance(getattr(backbone, "blocks", None), nn.ModuleList):
         raise ValueError(f"--layer_decay: expected 1, {type(backbone).__name__} has no list of blocks")
-    if hasattr(backbone, "drop_path_rate"):
+    if "drop_path_rate" in vars(backbone):  # of a ResNet's class it is a constant
         backbone.drop_path_rate = recipe.drop_path  # type: ignore[assignment]
     elif recipe.drop_path:
         raise ValueError(f"--drop_path: expected 0, {type(backbone).__name__} has no stochastic depth")

@@ -21,7 +21,15 @@ from torch import Tensor, nn
 
 from fastdino.evaluation import sheets
 from fastdino.evaluation.attention import attention_maps, mass_masks, overlay, square_pixels
-from fastdino.evaluation.features import ImagePath, Progress, list_images, normalize, read_image
+from fastdino.evaluation.features import (
+    ImagePath,
+    Progress,
+    list_images,
+    name_below,
+    normalize,
+    read_image,
+    read_numbers,
+)
 
 if TYPE_CHECKING:
     from fastdino.models.vit import VisionTransformer
@@ -196,21 +204,12 @@ def read_mask(path: ImagePath, size: tuple[int, int] | None = None) -> np.ndarra
 
     Raises FileNotFoundError or ValueError naming the file.
     """
-    try:
-        with Image.open(path) as image:
-            if image.mode not in ("P", "L", "1"):
-                raise ValueError(
-                    f"expected a palette, 8-bit grey or 1-bit image of object numbers, got mode {image.mode}"
-                )
-            mask = image.convert("L") if image.mode == "1" else image.copy()
-    except FileNotFoundError:
-        raise FileNotFoundError(f"no such mask: {path}") from None
-    except (OSError, SyntaxError, ValueError) as error:
-        raise ValueError(f"cannot read mask {path}: {error}") from error
-    full = np.array(mask)
+    full = read_numbers(path, ("P", "L", "1"))
     if set(np.unique(full)) <= {0, _VOID}:
-        mask, full = Image.fromarray((full == _VOID).astype(np.uint8)), full // _VOID
-    return full if size is None else np.array(mask.resize(size[::-1], Image.Resampling.NEAREST))
+        full //= _VOID
+    if size is None:
+        return full
+    return np.array(Image.fromarray(full).resize(size[::-1], Image.Resampling.NEAREST))
 
 
 def pair_masks(images: ImagePath, masks: ImagePath) -> tuple[list[str], list[str]]:
@@ -220,31 +219,24 @@ def pair_masks(images: ImagePath, masks: ImagePath) -> tuple[list[str], list[str
     """
     image_root, image_files = list_images(images)
     mask_root, mask_files = list_images(masks)
-    image_of = {path.relative_to(image_root).with_suffix("").as_posix(): path for path in image_files}
-    mask_of = {path.relative_to(mask_root).with_suffix("").as_posix(): path for path in mask_files}
+    image_of = {name_below(image_root, path).with_suffix("").as_posix(): path for path in image_files}
+    mask_of = {name_below(mask_root, path).with_suffix("").as_posix(): path for path in mask_files}
     common = [name for name in image_of if name in mask_of]
-    alone = [str(mask_of[name]) for name in mask_of if name not in image_of]
+    alone = [mask_of[name] for name in mask_of if name not in image_of]
     if alone or not common:
         example = f", for instance {alone[0]}" if alone else ""
         raise ValueError(
             f"{len(common)} of {len(mask_of)} masks in {masks} have an image of the same name in {images}; "
             f"{len(alone)} have none{example}"
         )
-    return [str(image_of[name]) for name in common], [str(mask_of[name]) for name in common]
+    return [image_of[name] for name in common], [mask_of[name] for name in common]
 
 
-_VOC_LAYOUT = """expected the layout of PASCAL VOC 2012:
+VOC_LAYOUT = """expected the layout of PASCAL VOC 2012:
   VOCdevkit/VOC2012/JPEGImages/*.jpg
   VOCdevkit/VOC2012/SegmentationClass/*.png
   VOCdevkit/VOC2012/SegmentationObject/*.png
   VOCdevkit/VOC2012/ImageSets/Segmentation/val.txt"""
-
-
-def find_voc(data_path: ImagePath) -> Path | None:
-    """The folder VOC2012, which ``data_path`` is or holds, also inside VOCdevkit; None for other data."""
-    root = Path(data_path)
-    candidates = (root, root / "VOC2012", root / "VOCdevkit" / "VOC2012")
-    return next((folder for folder in candidates if (folder / "JPEGImages").is_dir()), None)
 
 
 def voc_pairs(root: Path, ground_truth: str = "class", split: str = "val") -> tuple[list[str], list[str]]:
@@ -257,7 +249,7 @@ def voc_pairs(root: Path, ground_truth: str = "class", split: str = "val") -> tu
     names = root / "ImageSets" / "Segmentation" / f"{split}.txt"
     for path in (masks, names):
         if not path.exists():
-            raise FileNotFoundError(f"--data_path: no {path}; {_VOC_LAYOUT}")
+            raise FileNotFoundError(f"--data_path: no {path}; {VOC_LAYOUT}")
     stems = names.read_text("utf-8").split()
     images = [root / "JPEGImages" / f"{stem}.jpg" for stem in stems]
     labels = [masks / f"{stem}.png" for stem in stems]
@@ -266,5 +258,5 @@ def voc_pairs(root: Path, ground_truth: str = "class", split: str = "val") -> tu
         found = (
             f"{len(missing)} files are missing, the first: {missing[0]}" if missing else f"{names} is empty"
         )
-        raise FileNotFoundError(f"--data_path: {found}; {_VOC_LAYOUT}")
+        raise FileNotFoundError(f"--data_path: {found}; {VOC_LAYOUT}")
     return [str(path) for path in images], [str(path) for path in labels]

@@ -23,8 +23,8 @@ from fastdino.data.sampler import permutation
 from fastdino.engine import checkpoint, parallel
 from fastdino.engine.parallel import World
 from fastdino.engine.schedules import cosine
-from fastdino.evaluation.features import Progress, evaluating
-from fastdino.evaluation.training import Record, Sample, hits, in_threads, linear_crop, on_device
+from fastdino.evaluation.features import Progress, evaluating, in_threads
+from fastdino.evaluation.training import Record, Sample, hits, linear_crop, on_device
 from fastdino.interop.files import WeightsError, find_checkpoint, read_pickle
 
 MOMENTUM = 0.9

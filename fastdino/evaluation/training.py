@@ -9,12 +9,9 @@ from __future__ import annotations
 
 import json
 import math
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from itertools import islice
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -25,32 +22,35 @@ from fastdino.data.augment import ATTEMPTS, LOG_RATIO, P_FLIP
 from fastdino.data.manifest import Manifest, build_manifest
 from fastdino.engine import checkpoint, parallel
 from fastdino.engine.parallel import World
-from fastdino.evaluation.features import available_cores, normalize, read_pixels
+from fastdino.evaluation.features import normalize, read_pixels
+from fastdino.evaluation.plan import held_out_folder
+
+LAYOUT = "DIR/train/<class>/*.jpg and DIR/val/<class>/*.jpg (or test/)"
 
 SCALE = (0.08, 1.0)
 """Share of the image's area that a crop takes."""
 
 _STREAM = 0x4556414C  # keeps these draws independent of every other use of the seed
 
-T = TypeVar("T")
-R = TypeVar("R")
-
 
 def splits(data_path: str | None) -> tuple[Manifest, Manifest]:
     """Images to train on and held-out ones: ``train/`` and ``val/``, or ``test/``, below ``data_path``.
 
-    Raises ValueError without a path, and what `build_manifest` raises.
+    Raises ValueError without a path, and FileNotFoundError or ValueError with the expected layout.
     """
     if not data_path:
         raise ValueError("--data_path is required (a folder with train/ and val/, each of class folders)")
-    return build_manifest(Path(data_path) / "train"), held_out(data_path)
+    try:
+        return build_manifest(Path(data_path) / "train"), held_out(data_path)
+    except (OSError, ValueError) as error:
+        kind = FileNotFoundError if isinstance(error, OSError) else ValueError
+        raise kind(f"{error}; expected {LAYOUT}") from error
 
 
 def held_out(data_path: str) -> Manifest:
     """The images in ``val/``, or in ``test/`` where there is no ``val/``."""
     root = Path(data_path)
-    name = "test" if (root / "test").is_dir() and not (root / "val").is_dir() else "val"
-    return build_manifest(root / name)
+    return build_manifest(held_out_folder(root) or root / "val")
 
 
 def enough_images(world: World, *manifests: Manifest) -> None:
@@ -120,26 +120,6 @@ def linear_crop(sample: Sample, size: int) -> np.ndarray:
     """The training crop of the official ``eval_linear.py``, bilinear: uint8 [size, size, 3]."""
     rng = generator(sample.seed, sample.epoch, sample.position)
     return np.array(random_crop(decoded(sample.path), size, rng, Image.Resampling.BILINEAR))
-
-
-def in_threads(
-    work: Callable[[T], R], batches: Iterable[Sequence[T]], num_threads: int = 0
-) -> Iterator[list[R]]:
-    """``work`` of all members of each batch, in order, done by threads that keep two batches ahead."""
-    with ThreadPoolExecutor(num_threads or available_cores(), thread_name_prefix="decode") as pool:
-        source = iter(batches)
-        pending: deque[list[Future[R]]] = deque()
-        try:
-            while True:
-                for batch in islice(source, 3 - len(pending)):
-                    pending.append([pool.submit(work, item) for item in batch])
-                if not pending:
-                    return
-                yield [future.result() for future in pending.popleft()]
-        finally:
-            for futures in pending:
-                for future in futures:
-                    future.cancel()
 
 
 def on_device(crops: Sequence[np.ndarray], device: torch.device) -> Tensor:

@@ -32,7 +32,7 @@ class Clip:
     def __init__(self, path: ImagePath):
         self.path = Path(path)
         self.fps: float | None = None
-        self.files: list[Path] = []
+        self.files: list[str] = []
         if self.path.is_dir():
             self.files = sorted(list_images(self.path)[1], key=_numbers)
             self.frames = len(self.files)
@@ -121,9 +121,9 @@ def _av() -> Any:
     return av
 
 
-def _numbers(path: Path) -> list[Any]:
+def _numbers(path: str) -> list[Any]:
     """Sorts frame2 before frame10."""
-    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", path.as_posix())]
+    return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", path)]
 
 
 def _write_folder(frames: Iterable[np.ndarray], folder: Path) -> int:

@@ -1,19 +1,26 @@
-"""Training checkpoints and released weights of the official DINO code.
+"""Training checkpoints and released weights of the official DINO code and of EsViT's.
 
     python -m fastdino.interop.official export RUN_OR_CHECKPOINT out.pth
     python -m fastdino.interop.official import in.pth OUTPUT_DIR
+    python -m fastdino.interop.official import in.pth OUTPUT_DIR --method esvit
 
 A training file is a dictionary: ``student`` (every name behind ``module.``), ``teacher`` (bare names; behind
 ``module.`` too if there is batch norm), ``optimizer`` (two groups, parameters numbered in the order of the
 groups), ``epoch`` (the next one), ``args``, ``dino_loss`` (``center`` [1, K]) and ``fp16_scaler`` when mixed
-precision is on. Those of EsViT's Swins leave ``backbone.`` out of the names. Released backbones are bare
-state dictionaries. The file does not say how many steps an epoch had, so an imported checkpoint is numbered
-by its epoch and training continues at the beginning of that epoch.
+precision is on. EsViT's have ``head_dense`` and ``center_grid`` besides; they leave ``backbone.`` out of the
+names of a Transformer and double it in those of a ResNet. Released backbones are bare state dictionaries. The
+file does not say how many steps an epoch had, so an imported checkpoint is numbered by its epoch and training
+continues at the beginning of that epoch.
+
+With ``--method esvit`` a run that was trained on whole views alone, official or ours (a run directory or a
+checkpoint instead of the file), goes on with EsViT's regions as EsViT's own staged runs do: a fresh dense
+head, its center at zero, no optimizer state; weights, epoch and schedules continue.
 """
 
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import sys
 from collections import OrderedDict
@@ -25,22 +32,36 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastdino.config import Config, as_flags, config_from_dict, config_to_dict, config_to_yaml, with_flags
+from fastdino.config import (
+    ALIASES,
+    Config,
+    as_flags,
+    config_from_dict,
+    config_to_dict,
+    config_to_yaml,
+    convert,
+    feature_width,
+    with_flags,
+)
 from fastdino.engine import checkpoint
-from fastdino.engine.optim import parameter_groups
-from fastdino.engine.schedules import Schedule
 from fastdino.interop.files import WeightsError, find_checkpoint, read_pickle, write_pickle
-from fastdino.models import MultiCropModel, SwinTransformer, build_model
-from fastdino.switches import uses_predictor
+from fastdino.interop.official_optimizer import (
+    decoded,
+    encoded,
+    numbered,
+    optimizer_from_native,
+    optimizer_to_native,
+)
+from fastdino.methods.esvit import dense_model
+from fastdino.models import Backbone, MultiCropModel, ResNet, SwinTransformer, build_head, build_model
+from fastdino.switches import has_dino_head, matches_regions, uses_predictor
 
-# Our name of the optimizer state by the official one, where they differ (LARS).
-_STATE_NAMES = {"mu": "momentum_buffer"}
 _SCALER = {"growth_factor": 2.0, "backoff_factor": 0.5, "growth_interval": 2000}
 
 
 @dataclass
 class OfficialCheckpoint:
-    """An official file with normalised names: ``backbone.*`` and ``head.*``, weight norm as
+    """An official file with normalised names: ``backbone.*``, ``head.*`` and ``head_dense.*``, weight norm as
     ``weight_g``/``weight_v``.
 
     A released backbone is the ``teacher``, and everything else is None.
@@ -53,13 +74,25 @@ class OfficialCheckpoint:
     epoch: int | None = None
     args: dict[str, Any] | None = None
     center: Tensor | None = None
+    center_grid: Tensor | None = None
     fp16_scaler: dict[str, Any] | None = None
 
 
 def read_official(path: str | os.PathLike[str]) -> OfficialCheckpoint:
     """Read a training checkpoint or a bare backbone. Raises OSError or WeightsError, which name the file."""
     path = Path(path)
-    contents = read_pickle(path)
+    return _understood(read_pickle(path), path)
+
+
+def read_training(source: str | os.PathLike[str]) -> OfficialCheckpoint:
+    """The same of a file or of a run or checkpoint of ours, as it would be exported."""
+    if not Path(source).is_dir():
+        return read_official(source)
+    found = find_checkpoint(source)
+    return _understood(from_native(*checkpoint.load(found)), found)
+
+
+def _understood(contents: Any, path: Path) -> OfficialCheckpoint:
     if not isinstance(contents, Mapping) or not contents:
         raise WeightsError(f"{path}: expected a dictionary of weights, got {type(contents).__name__}")
     if not {"student", "teacher"} & contents.keys():
@@ -74,6 +107,7 @@ def read_official(path: str | os.PathLike[str]) -> OfficialCheckpoint:
         epoch=contents.get("epoch"),
         args=vars(args) if isinstance(args, argparse.Namespace) else args,
         center=loss.get("center") if isinstance(loss, Mapping) else None,
+        center_grid=loss.get("center_grid") if isinstance(loss, Mapping) else None,
         fp16_scaler=contents.get("fp16_scaler"),
     )
 
@@ -90,6 +124,8 @@ def _normalised(state: Any, path: Path) -> dict[str, Tensor]:
         name = name.replace("last_layer.parametrizations.weight.original1", "last_layer.weight_v")
         if not name.startswith(("backbone.", "head.", "head_dense.")):
             name = f"backbone.{name}"
+        if name.startswith("backbone.backbone."):
+            name = name.removeprefix("backbone.")
         if name in renamed:
             raise WeightsError(f"{path}: two tensors for {name} (the second is {key})")
         renamed[name] = value
@@ -119,32 +155,23 @@ def _some(names: Sequence[str], limit: int = 8) -> str:
 def to_native(official: OfficialCheckpoint) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Any]]:
     """``(model, optimizer, meta)`` of our checkpoint format. Raises WeightsError naming what does not fit."""
     path = official.path
-    absent = [
-        name for name in ("student", "teacher", "args", "epoch", "center") if getattr(official, name) is None
-    ]
-    if absent:
-        raise WeightsError(f"{path}: not a training checkpoint, it has no {', '.join(absent)}")
+    config = _configuration(official)
+    reference = _reference_model(config)
     assert official.args is not None and official.student is not None and official.teacher is not None
-    assert official.center is not None and official.epoch is not None
-    known = as_flags(Config())
-    try:
-        config = with_flags(Config(), {k: v for k, v in official.args.items() if k in known})
-        reference = _reference_model(config)
-    except ValueError as error:
-        raise WeightsError(f"{path}: its args are not those of a run that exists here: {error}") from error
     expected = reference.state_dict()
     for key, state in (("student", official.student), ("teacher", official.teacher)):
         problems = differences(expected, state)
         if problems:
             raise WeightsError(f"{path}: {key} does not fit --arch {config.model.arch}: {problems}")
-    if official.center.numel() != config.model.out_dim:
-        raise WeightsError(
-            f"{path}: center has {official.center.numel()} entries, --out_dim is {config.model.out_dim}"
-        )
     model = {f"student.{name}": official.student[name] for name in expected}
     model |= {f"teacher.{name}": official.teacher[name] for name in expected}
-    model["center"] = official.center.reshape(-1)
-    optimizer, groups = _optimizer_to_native(official, reference)
+    for name in _centers(config):
+        center = getattr(official, name)
+        if center is None or center.numel() != config.model.out_dim:
+            got = "is missing" if center is None else f"has {center.numel()} entries"
+            raise WeightsError(f"{path}: {name} {got}, --out_dim is {config.model.out_dim}")
+        model[name] = center.reshape(-1)
+    optimizer, groups = optimizer_to_native(official.optimizer, reference, path)
     scaler = official.fp16_scaler or {}
     world_size = official.args.get("world_size", 1)
     meta = {
@@ -158,12 +185,85 @@ def to_native(official: OfficialCheckpoint) -> tuple[dict[str, Tensor], dict[str
         "keep": True,
         # What our format has no place for, so that an export right after an import gives the same file.
         "official": {
-            "args": _encoded(official.args, path),
-            "param_groups": _encoded(groups, path),
-            "fp16_scaler": _encoded(official.fp16_scaler, path),
+            "args": encoded(official.args, path),
+            "param_groups": encoded(groups, path),
+            "fp16_scaler": encoded(official.fp16_scaler, path),
         },
     }
     return model, optimizer, meta
+
+
+def _configuration(official: OfficialCheckpoint) -> Config:
+    """Flags of the run. Raises WeightsError if this is no training checkpoint, or not one of a run that
+    exists here.
+    """
+    path = official.path
+    absent = [
+        name for name in ("student", "teacher", "args", "epoch", "center") if getattr(official, name) is None
+    ]
+    if absent:
+        raise WeightsError(f"{path}: not a training checkpoint, it has no {', '.join(absent)}")
+    assert official.args is not None and official.student is not None
+    try:
+        config = with_flags(Config(), _flags(official.args, official.student))
+        _reference_model(config)
+    except ValueError as error:
+        raise WeightsError(f"{path}: its args are not those of a run that exists here: {error}") from error
+    return config
+
+
+def _flags(args: Mapping[str, Any], student: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Our flags by the arguments of the run and, where those of EsViT do not tell, by its tensors."""
+    if args.get("aug_opt", "dino_aug") != "dino_aug" or args.get("use_mixup"):
+        raise ValueError(f"expected DINO's augmentation without mixup, got {args.get('aug_opt')}")
+    known = as_flags(Config())
+    flags = {k: v for k, v in args.items() if k in known}
+    for name in ("local_crops_number", "local_crops_size"):
+        value = flags.get(name)
+        if isinstance(value, (list, tuple)) and len(value) == 1:  # EsViT's, one for each size of crops
+            flags[name] = value[0]
+    if any(name.startswith("head_dense.") for name in student):
+        flags["method"] = "esvit"
+    table = student.get("backbone.layers.0.blocks.0.attn.relative_position_bias_table")
+    if flags.get("arch") in ALIASES and table is not None:
+        size = flags["arch"].split("_")[1]
+        flags["arch"] = f"swin_{size}_w{(math.isqrt(len(table)) + 1) // 2}"
+        flags.setdefault("drop_path_rate", 0.1 if size == "tiny" else 0.2)
+    return flags
+
+
+def with_dense_head(
+    official: OfficialCheckpoint, *, norm_last_layer: bool | None = None
+) -> OfficialCheckpoint:
+    """What EsViT goes on from after training on whole views alone: with a fresh dense head, the same in
+    student and teacher, its center at zero, and without optimizer state. ``norm_last_layer`` changes that
+    flag. Raises WeightsError if there is such a head already.
+    """
+    _configuration(official)
+    assert official.args is not None and official.student is not None and official.teacher is not None
+    if any(name.startswith("head_dense.") for name in official.student):
+        raise WeightsError(f"{official.path}: has a dense head already; import it without --method")
+    args = {**official.args, "method": "esvit", "use_dense_prediction": True}
+    if norm_last_layer is not None:
+        args["norm_last_layer"] = norm_last_layer
+    config = _configuration(replace(official, args=args))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.run.seed)
+        head = build_head(config.model, feature_width(config.model))
+    dense = {f"head_dense.{name}": value for name, value in head.state_dict().items()}
+    optimizer = official.optimizer
+    if optimizer is not None:
+        numbers = numbered(_reference_model(config))[0]
+        groups = zip(optimizer.get("param_groups", ()), numbers, strict=False)
+        optimizer = {"state": {}, "param_groups": [{**group, "params": part} for group, part in groups]}
+    return replace(
+        official,
+        student={**official.student, **dense},
+        teacher={**official.teacher, **{name: value.clone() for name, value in dense.items()}},
+        args=args,
+        center_grid=torch.zeros(1, config.model.out_dim),
+        optimizer=optimizer,
+    )
 
 
 def from_native(
@@ -171,24 +271,25 @@ def from_native(
 ) -> dict[str, Any]:
     """The dictionary that the official code saves, from the three parts of our checkpoint."""
     config = config_from_dict(meta["config"])
-    if (config.method.method, config.method.loss) != ("dino", "ce") or uses_predictor(config):
-        raise WeightsError("the official format holds DINO's student, teacher and center, nothing of others")
+    if not has_dino_head(config) or uses_predictor(config):
+        held = "DINO's and EsViT's students, teachers and centers"
+        raise WeightsError(f"the official format holds {held}, nothing of others")
     reference = _reference_model(config)
     batch_norm = any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in reference.modules())
-    swin = isinstance(reference.backbone, SwinTransformer)
-    bare = {name: name.removeprefix("backbone.") if swin else name for name in reference.state_dict()}
+    esvit = config.method.method == "esvit"
+    bare = {name: _bare(name, reference.backbone, esvit) for name in reference.state_dict()}
     imported = meta.get("official")
     contents: dict[str, Any] = {
         "student": OrderedDict((f"module.{bare[name]}", model[f"student.{name}"]) for name in bare),
         "teacher": OrderedDict(
             (f"module.{bare[name]}" if batch_norm else bare[name], model[f"teacher.{name}"]) for name in bare
         ),
-        "optimizer": _optimizer_from_native(optimizer, meta, config, reference),
+        "optimizer": optimizer_from_native(optimizer, meta, config, reference),
         "epoch": meta["epoch"],
-        "args": argparse.Namespace(**(_decoded(imported["args"]) if imported else as_flags(config))),
-        "dino_loss": OrderedDict(center=model["center"].reshape(1, -1)),
+        "args": argparse.Namespace(**(decoded(imported["args"]) if imported else as_flags(config))),
+        "dino_loss": OrderedDict((name, model[name].reshape(1, -1)) for name in _centers(config)),
     }
-    scaler = _decoded(imported["fp16_scaler"]) if imported else (_SCALER if config.optim.use_fp16 else None)
+    scaler = decoded(imported["fp16_scaler"]) if imported else (_SCALER if config.optim.use_fp16 else None)
     if scaler is not None:
         ours = meta["scaler"] or {"scale": 2.0**16, "good_steps": 0}  # none in a run that did not scale
         contents["fp16_scaler"] = {"scale": ours["scale"], **scaler, "_growth_tracker": ours["good_steps"]}
@@ -197,127 +298,29 @@ def from_native(
 
 def _reference_model(config: Config) -> MultiCropModel:
     """Names, shapes and gradient flags of a student, without memory for its weights."""
+    build = dense_model if matches_regions(config) else build_model
     with torch.device("meta"):
-        return build_model(config.model, img_size=config.crops.global_crops_size)
+        return build(config.model, img_size=config.crops.global_crops_size)
+
+
+def _bare(name: str, backbone: Backbone, esvit: bool) -> str:
+    """What a file calls a tensor: in EsViT, which alone has Swins, heads stand on the Transformer itself, and
+    a ResNet is wrapped once more.
+    """
+    if isinstance(backbone, ResNet):
+        return f"backbone.{name}" if esvit and name.startswith("backbone.") else name
+    return name.removeprefix("backbone.") if esvit or isinstance(backbone, SwinTransformer) else name
+
+
+def _centers(config: Config) -> tuple[str, ...]:
+    return ("center", "center_grid") if matches_regions(config) else ("center",)
 
 
 def _identity(config: Config) -> dict[str, Any]:
     """What a continued run must share with the imported one; its images and batch are not in the file."""
     plain = config_to_dict(config)
-    shared = {f"--{k}": v for group in ("model", "crops") for k, v in plain[group].items()}
+    shared = {f"--{k}": v for group in ("model", "method", "crops") for k, v in plain[group].items()}
     return {**shared, "--optimizer": config.optim.optimizer, "--seed": config.run.seed}
-
-
-def _numbered(reference: MultiCropModel) -> tuple[list[list[int]], list[tuple[str, Tensor]]]:
-    """Parameter numbers of the two groups, and name and parameter by number."""
-    names = {parameter: name for name, parameter in reference.named_parameters()}
-    groups = [group["params"] for group in parameter_groups(reference)]
-    ordered = [(names[p], p) for group in groups for p in group]
-    first = len(groups[0])
-    return [list(range(first)), list(range(first, len(ordered)))], ordered
-
-
-def _optimizer_to_native(
-    official: OfficialCheckpoint, reference: MultiCropModel
-) -> tuple[dict[str, Tensor], list[dict[str, Any]] | None]:
-    """Flat optimizer state by parameter name, and the settings of the groups."""
-    if official.optimizer is None:
-        return {}, None
-    numbers, ordered = _numbered(reference)
-    try:
-        found = [list(group["params"]) for group in official.optimizer["param_groups"]]
-        entries = dict(official.optimizer["state"])
-    except (KeyError, TypeError) as error:
-        raise WeightsError(
-            f"{official.path}: optimizer is not the state of a torch optimizer ({error!r})"
-        ) from error
-    if found != numbers:
-        sizes = " + ".join(str(len(group)) for group in found)
-        expected = " + ".join(str(len(group)) for group in numbers)
-        raise WeightsError(f"{official.path}: optimizer has {sizes} parameters, expected {expected}")
-    flat: dict[str, Tensor] = {}
-    for number, entry in entries.items():
-        name, parameter = ordered[number]
-        for key, value in entry.items():
-            if value is None:  # SGD before its first step
-                continue
-            value = torch.as_tensor(value, dtype=None if isinstance(value, Tensor) else torch.float32)
-            if value.ndim and value.shape != parameter.shape:
-                raise WeightsError(
-                    f"{official.path}: optimizer {key} of {name} has shape {list(value.shape)}, "
-                    f"expected {list(parameter.shape)}"
-                )
-            flat[f"{_STATE_NAMES.get(key, key)}.{name}"] = value
-    settings = [{k: v for k, v in g.items() if k != "params"} for g in official.optimizer["param_groups"]]
-    return flat, settings
-
-
-def _optimizer_from_native(
-    flat: Mapping[str, Tensor], meta: Mapping[str, Any], config: Config, reference: MultiCropModel
-) -> dict[str, Any]:
-    numbers, ordered = _numbered(reference)
-    lars = config.optim.optimizer == "lars"
-    state: dict[int, dict[str, Tensor]] = {}
-    for number, (name, _) in enumerate(ordered):
-        keys = [k for k in ("step", "exp_avg", "exp_avg_sq", "momentum_buffer") if f"{k}.{name}" in flat]
-        if keys:
-            state[number] = {
-                "mu" if lars and k == "momentum_buffer" else k: flat[f"{k}.{name}"] for k in keys
-            }
-    settings = (
-        _decoded(meta["official"]["param_groups"])
-        if "official" in meta
-        else _settings(meta, config, reference)
-    )
-    groups = [{**s, "params": n} for s, n in zip(settings, numbers, strict=True)] if settings else []
-    return {"state": state, "param_groups": groups}
-
-
-def _settings(meta: Mapping[str, Any], config: Config, reference: MultiCropModel) -> list[dict[str, Any]]:
-    """Settings of the two groups as the running torch writes them, at the last step that was taken."""
-    hyper = Schedule(config, meta["steps_per_epoch"], meta["identity"]["global batch"])(
-        max(meta["step"] - 1, 0)
-    )
-    groups = parameter_groups(reference)
-    if config.optim.optimizer == "adamw":
-        optimizer: torch.optim.Optimizer = torch.optim.AdamW(groups)
-    else:
-        optimizer = torch.optim.SGD(groups, lr=0.0, momentum=0.9)
-    settings = [{k: v for k, v in g.items() if k != "params"} for g in optimizer.state_dict()["param_groups"]]
-    if config.optim.optimizer == "lars":
-        filters = {"weight_decay_filter": None, "lars_adaptation_filter": None}
-        settings = [
-            {"weight_decay": s["weight_decay"], "momentum": 0.9, "eta": 0.001, **filters} for s in settings
-        ]
-    if config.optim.optimizer == "lamb":  # not one of the official script's, which cannot continue from it
-        settings = [{"weight_decay": s["weight_decay"], "betas": (0.9, 0.999), "eps": 1e-6} for s in settings]
-    settings[0]["weight_decay"] = hyper.weight_decay
-    return [{**s, "lr": hyper.lr} for s in settings]
-
-
-def _encoded(value: Any, path: Path) -> Any:
-    """As JSON, with tuples told apart from lists and the order of dictionaries kept."""
-    if isinstance(value, tuple):
-        return {"tuple": [_encoded(v, path) for v in value]}
-    if isinstance(value, list):
-        return [_encoded(v, path) for v in value]
-    if isinstance(value, Mapping):
-        return {"dict": [[str(k), _encoded(v, path)] for k, v in value.items()]}
-    if value is None or isinstance(value, (bool, int, float, str)):
-        return value
-    raise WeightsError(
-        f"{path}: expected numbers, text and lists in args and optimizer settings, got {value!r}"
-    )
-
-
-def _decoded(value: Any) -> Any:
-    if isinstance(value, list):
-        return [_decoded(v) for v in value]
-    if isinstance(value, Mapping):
-        if "tuple" in value:
-            return tuple(_decoded(v) for v in value["tuple"])
-        return {k: _decoded(v) for k, v in value["dict"]}
-    return value
 
 
 def export_checkpoint(source: str | os.PathLike[str], target: str | os.PathLike[str]) -> str:
@@ -331,13 +334,24 @@ def export_checkpoint(source: str | os.PathLike[str], target: str | os.PathLike[
     return f"{found} -> {target}: continues at epoch {meta['epoch']}{note}"
 
 
-def import_checkpoint(source: str | os.PathLike[str], output_dir: str | os.PathLike[str]) -> str:
-    """Make a run directory with checkpoint and ``config.yaml`` of a training file; returns a line on it."""
+def import_checkpoint(
+    source: str | os.PathLike[str],
+    output_dir: str | os.PathLike[str],
+    *,
+    method: str | None = None,
+    norm_last_layer: bool | None = None,
+) -> str:
+    """Make a run directory with checkpoint and ``config.yaml`` of a training file, or of a run of ours;
+    returns a line on it. ``method`` "esvit" and ``norm_last_layer``: see :func:`with_dense_head`.
+    """
     output = Path(output_dir)
     root = output / "checkpoints"
     if checkpoint.checkpoints(root):
         raise WeightsError(f"{output}: already holds checkpoints; import into a new directory")
-    model, optimizer, meta = to_native(read_official(source))
+    official = read_training(source)
+    if method == "esvit":
+        official = with_dense_head(official, norm_last_layer=norm_last_layer)
+    model, optimizer, meta = to_native(official)
     config = config_from_dict(meta["config"])
     config = replace(config, run=replace(config.run, output_dir=str(output)))
     meta["config"] = config_to_dict(config)
@@ -356,16 +370,35 @@ def main(argv: Iterable[str] | None = None) -> int:
     export.add_argument("source", help="checkpoint or run directory")
     export.add_argument("target", help="file to write")
     take = commands.add_parser("import", help="make a run directory of an official training file")
-    take.add_argument("source", help="checkpoint.pth or a released full checkpoint")
+    take.add_argument("source", help="checkpoint.pth or a released full checkpoint; or a run directory")
     take.add_argument("target", help="directory of the new run")
+    take.add_argument("--method", choices=("esvit",), help="go on with regions after views alone")
+    take.add_argument("--norm_last_layer", help="true or false, with --method: another than before")
     options = parser.parse_args(None if argv is None else list(argv))
-    action = export_checkpoint if options.command == "export" else import_checkpoint
     try:
-        print(action(options.source, options.target))
+        if options.command == "export":
+            print(export_checkpoint(options.source, options.target))
+        else:
+            norm = _optional_bool(parser, options)
+            line = import_checkpoint(
+                options.source, options.target, method=options.method, norm_last_layer=norm
+            )
+            print(line)
     except (OSError, WeightsError, checkpoint.CheckpointError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     return 0
+
+
+def _optional_bool(parser: argparse.ArgumentParser, options: argparse.Namespace) -> bool | None:
+    if options.norm_last_layer is None:
+        return None
+    if options.method is None:
+        parser.error("--norm_last_layer: only with --method esvit, which drops the optimizer's state")
+    try:
+        return bool(convert(options.norm_last_layer, bool))
+    except ValueError as error:
+        parser.error(f"--norm_last_layer: {error}")
 
 
 if __name__ == "__main__":

@@ -191,7 +191,7 @@ def _count(state: Mapping[str, Tensor], prefix: str) -> int:
 def _native(path: Path, key: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
     model, _, meta = checkpoint.load(find_checkpoint(path))
     if key == "auto":
-        sibling = meta["config"].get("method", {}).get("method", "dino") != "dino"
+        sibling = meta["config"].get("method", {}).get("method", "dino") not in ("dino", "esvit")
         key = "student" if sibling else "teacher"
     if key == "teacher" and not any(name.startswith("teacher.") for name in model):
         raise WeightsError(f"{path}: has no teacher, only a student")

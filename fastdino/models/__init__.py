@@ -22,6 +22,7 @@ __all__ = [
     "SwinTransformer",
     "VisionTransformer",
     "build_backbone",
+    "build_head",
     "build_model",
     "build_student_teacher",
     "vit_base",
@@ -73,8 +74,13 @@ def build_backbone(model: ModelConfig, *, drop_path_rate: float = 0.0, img_size:
 def build_model(model: ModelConfig, *, drop_path_rate: float = 0.0, img_size: int = 224) -> MultiCropModel:
     """Backbone with a fresh projection head."""
     backbone = build_backbone(model, drop_path_rate=drop_path_rate, img_size=img_size)
-    head = DINOHead(
-        backbone.embed_dim,
+    return MultiCropModel(backbone, build_head(model, backbone.embed_dim))
+
+
+def build_head(model: ModelConfig, width: int) -> DINOHead:
+    """A fresh projection head for features of ``width``."""
+    return DINOHead(
+        width,
         model.out_dim,
         use_bn=model.use_bn_in_head,
         norm_last_layer=model.norm_last_layer,
@@ -83,7 +89,6 @@ def build_model(model: ModelConfig, *, drop_path_rate: float = 0.0, img_size: in
         bottleneck_dim=model.bottleneck_dim,
         act=model.head_act,
     )
-    return MultiCropModel(backbone, head)
 
 
 def build_student_teacher(config: Config) -> tuple[MultiCropModel, MultiCropModel]:

@@ -13,9 +13,8 @@ from fastdino_kernels import normalize_weight
 from torch import Tensor, nn
 
 from fastdino.models.linear import Linear
+from fastdino.models.projector import ACTIVATIONS, hidden_layers
 from fastdino.models.vit import init_linear
-
-ACTIVATIONS: dict[str, type[nn.Module]] = {"gelu": nn.GELU, "relu": nn.ReLU}
 
 
 class WeightNormLinear(nn.Module):
@@ -38,7 +37,7 @@ class DINOHead(nn.Module):
     prototype layer ``last_layer`` comes on top. With ``bottleneck_dim`` 0 there is no bottleneck, no
     normalisation and no weight norm: ``nlayers`` plain linear layers in all, the last of them (still named
     ``last_layer``) ending at ``out_dim``, with bias. ``norm_last_layer`` freezes the gains of the prototypes
-    at 1.
+    at 1. ``predictor``, which a student may be given, maps the bottleneck before it is normalised.
     """
 
     def __init__(
@@ -62,18 +61,13 @@ class DINOHead(nn.Module):
         if act not in ACTIVATIONS:
             raise ValueError(f"act must be one of {', '.join(ACTIVATIONS)}, got {act!r}")
         self.out_dim = out_dim
-        layers: list[nn.Module] = []
-        width = in_dim
-        for _ in range(nlayers - 1):
-            layers.append(Linear(width, hidden_dim))
-            if use_bn:
-                layers.append(nn.BatchNorm1d(hidden_dim))
-            layers.append(ACTIVATIONS[act]())
-            width = hidden_dim
+        widths = [in_dim, *[hidden_dim] * (nlayers - 1)]
+        layers, width = hidden_layers(widths, use_bn=use_bn, act=act), widths[-1]
         if bottleneck_dim:
             layers.append(Linear(width, bottleneck_dim))
         # A single linear layer is not wrapped: its official parameter names are mlp.weight and mlp.bias.
         self.mlp = layers[0] if len(layers) == 1 else nn.Sequential(*layers)
+        self.predictor: nn.Module | None = None
         self.last_layer: nn.Linear | WeightNormLinear
         if bottleneck_dim:
             self.apply(init_linear)
@@ -90,6 +84,8 @@ class DINOHead(nn.Module):
         :meth:`weight`.
         """
         x = self.mlp(x)
+        if self.predictor is not None:
+            x = self.predictor(x)
         x = x.to(torch.promote_types(x.dtype, torch.float32))
         if isinstance(self.last_layer, WeightNormLinear):
             return F.normalize(x, dim=-1)

@@ -220,6 +220,18 @@ class VisionTransformer(nn.Module):
         # Nothing but the [CLS] rows leaves the last block, so it computes no others.
         return self.norm(last(tokens, packing, drops[-1], cls_only=True, **how))
 
+    def forward_regions(self, x: Tensor | Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
+        """What :meth:`forward` gives, and the normalised patch tokens in the order of rows: one [B, N, D] for
+        each resolution (neighbours of equal size are one). The last block computes all tokens.
+        """
+        tokens, packing = self._start([x] if isinstance(x, Tensor) else x)
+        body = self._body if self.training else None
+        for block, pair in zip(self.blocks, self._drops(tokens, packing), strict=True):
+            tokens = block(tokens, packing, pair, checkpointing=self.checkpointing, body=body)
+        parts = self.norm(tokens).split([crops * n for crops, n in packing.groups])
+        crops = [part.view(*group, -1) for part, group in zip(parts, packing.groups, strict=True)]
+        return join([part[:, 0] for part in crops]), [part[:, 1:] for part in crops]
+
     def get_intermediate_layers(self, x: Tensor, n: int = 1) -> list[Tensor]:
         """Images [B, C, H, W] -> normalised tokens [B, 1+N, D] of the last ``n`` blocks, deepest last."""
         if not 1 <= n <= self.depth:

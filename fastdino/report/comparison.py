@@ -49,9 +49,6 @@ _LABELS = {
     "top1": "top-1",
     "top5": "top-5",
     "last_top1": "top-1, last epoch",
-    "jaccard": "Jaccard",
-    "jaccard_60": "Jaccard, 60 % of the mass",
-    "jaccard_80": "Jaccard, 80 % of the mass",
     "JF": "J&F",
     "img_s_fp32": "images/s, fp32",
     "img_s_bf16": "images/s, bf16",
@@ -208,6 +205,8 @@ def label(figure: str) -> str:
     if figure in _LABELS:
         return _LABELS[figure]
     head, _, tail = figure.partition("_")
+    if head == "jaccard":
+        return f"Jaccard, {tail} % of the mass"
     head = _LABELS.get(head, head)
     if tail[:1] == "k" and tail[1:].isdigit():
         tail = f"k = {tail[1:]}"
@@ -223,9 +222,7 @@ def _text(value: float) -> str:
 def _settings(record: dict[str, Any]) -> str:
     pairs = (record.get("settings") or {}).items()
     return ", ".join(
-        f"{key.replace('_', ' ')} {_shown(key, value)}"
-        for key, value in pairs
-        if value is not None
+        f"{key.replace('_', ' ')} {_shown(key, value)}" for key, value in pairs if value is not None
     )
 
 

@@ -28,6 +28,7 @@ from fastdino.report.run import (
     duration,
     last_epoch,
     number,
+    prototypes_of,
     read_scores,
     time_split,
     training_seconds,
@@ -202,7 +203,7 @@ def _charts(run: Run, scores: Scores) -> dict[str, figures.Chart | None]:
     def chart(*lines: Series, **options: Any) -> figures.Chart | None:
         return line_chart(lines, heading=heading, x_label=x_label, **options)
 
-    prototypes = number(run.config.get("out_dim"))
+    prototypes = prototypes_of(run)
     limits = [Level(0.0, "0: collapsed to one prototype", "alarm")]
     if prototypes > 1:
         limits.append(
@@ -221,6 +222,13 @@ def _charts(run: Run, scores: Scores) -> dict[str, figures.Chart | None]:
             series("teacher_entropy", "teacher entropy", 1, smooth=True),
             series("kl", "KL divergence", 2, smooth=True),
             levels=limits,
+            from_zero=True,
+            margin=0.11,
+        ),
+        "spread": chart(
+            series("spread", "spread of the embeddings", 1, smooth=True),
+            series("accuracy", "keys found among the queue", 2, smooth=True),
+            levels=[Level(0.0, "0: collapsed to one point", "alarm")],
             from_zero=True,
             margin=0.11,
         ),

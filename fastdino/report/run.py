@@ -196,8 +196,7 @@ def checks(run: Run, scores: Scores) -> list[Check]:
             text = f"{-gain:.1f} points below the better baseline."
             found.append(Check("bad", "Nothing learned yet", text))
 
-    entropy = last_epoch(run, "teacher_entropy")
-    prototypes = number(run.config.get("out_dim"))
+    entropy, prototypes = last_epoch(run, "teacher_entropy"), prototypes_of(run)
     if math.isfinite(entropy) and prototypes > 1:
         highest = math.log(prototypes)
         share = f"Teacher entropy {entropy:.2f} of at most {highest:.2f}."
@@ -209,6 +208,11 @@ def checks(run: Run, scores: Scores) -> list[Check]:
             found.append(Check("bad", "Uniform output", f"{share} {text}"))
         else:
             found.append(Check("good", "No collapse", share))
+    spread = last_epoch(run, "spread")
+    if math.isfinite(spread):
+        text = f"Spread of the embeddings {spread:.2f} of at most 1."
+        state, title = ("bad", "Collapsed to one point") if spread < 0.05 else ("good", "No collapse")
+        found.append(Check(state, title, text))
 
     if run.metrics:
         bad = max([value for value in run.column("bad_steps") if math.isfinite(value)], default=0)
@@ -226,6 +230,12 @@ def checks(run: Run, scores: Scores) -> list[Check]:
         else:
             found.append(Check("good", "Data keeps up", text))
     return found
+
+
+def prototypes_of(run: Run) -> float:
+    """K, of which teacher entropies are at most the logarithm."""
+    swav = run.config.get("method") == "swav"
+    return number(run.config.get("nmb_prototypes" if swav else "out_dim"))
 
 
 def last_epoch(run: Run, key: str) -> float:

@@ -14,10 +14,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fastdino.data import containers, samples
-from fastdino.data.containers import cache_file, find
+from fastdino.data import containers, indexing, samples
+from fastdino.data.containers import find
 from fastdino.data.formats import tfrecord
 from fastdino.data.formats.window import Malformed
+from fastdino.data.indexing import cache_file
 from fastdino.data.manifest import build_manifest
 from fastdino.data.samples import Member, read
 
@@ -192,6 +193,33 @@ def test_webdataset_members_labels_and_what_is_passed_over(tmp_path):
     assert manifest.paths[1].endswith("a.tar/été.png")
 
 
+@pytest.mark.parametrize("kind", ["old", "pax"])
+def test_sparse_members_are_passed_over_though_they_claim_more_than_the_file_holds(tmp_path, kind):
+    """One byte pair per hole's end, and the sizes a mebibyte beyond the file."""
+    path = tmp_path / "a.tar"
+    with tarfile.open(path, "w", format=tarfile.PAX_FORMAT) as file:
+        if kind == "pax":
+            sparse = tarfile.TarInfo("hole.jpg")
+            sparse.pax_headers = {"GNU.sparse.size": str(1 << 20), "GNU.sparse.map": "0,512"}
+            sparse.size = 512
+            file.addfile(sparse, io.BytesIO(bytes(512)))
+        else:
+            header = bytearray(tarfile.TarInfo("hole.jpg").tobuf(tarfile.GNU_FORMAT))
+            header[124:136], header[156:157] = b"%011o\0" % 512, tarfile.GNUTYPE_SPARSE
+            header[386:410] = b"%011o\0" % 0 + b"%011o\0" % 512
+            header[483:495] = b"%011o\0" % (1 << 20)
+            header[148:156] = b" " * 8
+            header[148:156] = b"%06o\0 " % sum(header)
+            file.fileobj.write(bytes(header) + bytes(512))
+            file.offset += 1024
+        image = tarfile.TarInfo("b.jpg")
+        image.size = len(IMAGES[0])
+        file.addfile(image, io.BytesIO(IMAGES[0]))
+    with tarfile.open(path) as file:
+        assert file.getmembers()[0].issparse() and file.getmembers()[0].size == 1 << 20
+    assert [read(name) for name in build_manifest(path).paths] == [IMAGES[0]]
+
+
 def test_lmdb_values_without_an_image_are_named(writers, tmp_path, caplog):
     import lmdb
 
@@ -291,13 +319,13 @@ def test_no_image_in_the_shards_is_an_error(writers, tmp_path, kind):
 def indexed(monkeypatch) -> list[str]:
     """Names of the shards that are indexed from now on."""
     done: list[str] = []
-    real = containers.index_shard
+    real = indexing.index_shard
 
     def record(shard):
         done.append(os.path.basename(shard.path))
         return real(shard)
 
-    monkeypatch.setattr(containers, "index_shard", record)
+    monkeypatch.setattr(indexing, "index_shard", record)
     return done
 
 
@@ -331,16 +359,16 @@ def test_a_shard_is_indexed_once_and_again_when_it_changes(writers, tmp_path, mo
 def test_an_interrupted_indexing_goes_on_where_it_stopped(writers, tmp_path, monkeypatch):
     for i in range(4):
         writers.tar(tmp_path / f"{i}.tar", IMAGES)
-    real = containers.index_shard
+    real = indexing.index_shard
     with monkeypatch.context() as patch:
-        patch.setattr(containers, "_THREADS", 1)
+        patch.setattr(indexing, "THREADS", 1)
 
         def interrupted(shard):
             if shard.path.endswith("2.tar"):
                 raise KeyboardInterrupt
             return real(shard)
 
-        patch.setattr(containers, "index_shard", interrupted)
+        patch.setattr(indexing, "index_shard", interrupted)
         with pytest.raises(KeyboardInterrupt):
             build_manifest(tmp_path)
     done = indexed(monkeypatch)
@@ -398,6 +426,19 @@ def test_a_shard_that_shrank_vanished_or_changed_is_an_error_of_its_images(write
         read(manifest.paths[0])
 
 
+def test_what_is_no_file_or_too_large_is_not_read(writers, tmp_path, monkeypatch):
+    os.mkfifo(tmp_path / "pipe.jpg")
+    with pytest.raises(OSError, match="not a regular file"):  # nobody writes to it: reading would wait
+        read(str(tmp_path / "pipe.jpg"))
+    with open(tmp_path / "huge.jpg", "wb") as file:
+        file.truncate(1 << 42)
+    with pytest.raises(OSError, match="4,398,046,511,104 bytes, more than the limit of 1,431,655,760"):
+        read(str(tmp_path / "huge.jpg"))
+    monkeypatch.setattr(samples, "MAX_BYTES", len(IMAGES[1]) - 1)
+    with pytest.raises(OSError, match="more than the limit"):
+        read(build_manifest(writers.tar(tmp_path / "a.tar", IMAGES)).paths[1])
+
+
 def test_no_more_shards_are_open_than_allowed(writers, tmp_path, monkeypatch):
     monkeypatch.setattr(samples, "MAX_OPEN", 3)
     for i in range(9):
@@ -418,7 +459,7 @@ def test_many_images_stay_cheap():
     n = 100_000
     shard = samples.Shard("a.tar", "tar", 1 << 40, "0")
     ends = np.arange(1, n + 1, dtype=np.int64) * 12
-    index = containers.Index(
+    index = indexing.Index(
         np.arange(n, dtype=np.int64),
         np.full(n, 100, np.int64),
         b"00000000.jpg" * n,
@@ -478,6 +519,18 @@ def test_a_range_of_an_object_is_all_that_is_read(writers, tmp_path, monkeypatch
         OSError, match=f"tar shard cut short at offset .*: expected {len(IMAGES[2])} bytes, got 7"
     ):
         read(manifest.paths[2])
+
+
+def test_a_server_that_ignores_ranges_is_refused(writers, tmp_path, monkeypatch):
+    """It would send the whole object for each image, and the wrong bytes."""
+    fsspec = pytest.importorskip("fsspec")
+    memory = fsspec.filesystem("memory")
+    memory.pipe("/whole/a.tar", writers.tar(tmp_path / "a.tar", IMAGES).read_bytes())
+    real = type(memory).cat_file
+    monkeypatch.setattr(indexing, "_REMOTE_BLOCK", 1 << 12)
+    monkeypatch.setattr(type(memory), "cat_file", lambda self, path, *_, **__: real(self, path))
+    with pytest.raises(OSError, match=r"memory://whole/a.tar: asked for 4096 bytes, the server sent \d+: "):
+        build_manifest("memory://whole/a.tar")
 
 
 def test_without_the_package_or_the_store_the_error_says_what_to_install(monkeypatch):

@@ -306,6 +306,19 @@ def test_a_gpu_asked_for_and_missing_is_an_error(manifest):
         MultiCropLoader(manifest, CROPS, seed=0, global_batch=4, micro_batch=4, augment_on="gpu")
 
 
+def test_a_device_without_a_number_is_the_current_one(manifest, injected, monkeypatch):
+    """In the background thread the current device is another."""
+    asked = []
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: asked.append(threading.current_thread()) or 0)
+    monkeypatch.setattr(module, "finishes_on_gpu", lambda choice, device: device == CUDA)
+    with MultiCropLoader(
+        manifest, CROPS, seed=3, global_batch=BATCH, micro_batch=BATCH, num_threads=1, device="cuda"
+    ) as loader:
+        next(loader)
+        assert loader._producer.device == CUDA
+    assert asked == [threading.main_thread()]
+
+
 def test_an_error_on_the_gpu_is_raised_and_the_stream_is_waited_for(manifest, cuda, monkeypatch):
     class Broken:
         def next(self):

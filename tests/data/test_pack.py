@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fastdino.data import containers
+from fastdino.data import indexing
 from fastdino.data import pack as module
 from fastdino.data.manifest import build_manifest
 from fastdino.data.pack import main, pack, size
@@ -89,15 +89,15 @@ def test_dali_reads_the_shards(folder, tmp_path):
 def test_the_index_beside_the_shards_is_used(folder, tmp_path, monkeypatch):
     out = tmp_path / "out"
     pack(str(folder), out, progress=False)
-    monkeypatch.setattr(containers, "index_shard", lambda shard: pytest.fail("indexed again"))
+    monkeypatch.setattr(indexing, "index_shard", lambda shard: pytest.fail("indexed again"))
     assert len(build_manifest(out)) == 10
     shutil.copytree(out, tmp_path / "copy")  # with its times
     assert len(build_manifest(tmp_path / "copy" / "shard-*.tar")) == 10
     monkeypatch.undo()
     os.utime(out / "shard-000000.tar", (1, 1))
     done = []
-    real = containers.index_shard
-    monkeypatch.setattr(containers, "index_shard", lambda shard: (done.append(1), real(shard))[1])
+    real = indexing.index_shard
+    monkeypatch.setattr(indexing, "index_shard", lambda shard: (done.append(1), real(shard))[1])
     assert len(build_manifest(out)) == 10 and done == [1]
 
 
@@ -106,7 +106,7 @@ def test_the_index_in_an_object_store_is_used(folder, tmp_path, monkeypatch):
     pack(str(folder), tmp_path / "out", progress=False)
     for path in (tmp_path / "out").iterdir():
         memory.pipe(f"/packed/{path.name}", path.read_bytes())
-    monkeypatch.setattr(containers, "index_shard", lambda shard: pytest.fail("indexed again"))
+    monkeypatch.setattr(indexing, "index_shard", lambda shard: pytest.fail("indexed again"))
     manifest = build_manifest("memory://packed/")
     assert len(manifest) == 10 and manifest.class_names == ["cat", "old dog"]
 
@@ -171,6 +171,55 @@ def test_the_bytes_do_not_depend_on_workers_or_interruptions(folder, tmp_path, m
         for name in ("left_out.txt", "pack.json", "classes.txt"):
             assert (out / name).read_bytes() == (whole / name).read_bytes()
     assert len(pack(str(folder), whole, shard_size=3000, progress=False)) == 10  # nothing left to do
+
+
+@pytest.mark.parametrize("done", [False, True])
+def test_stopped_before_or_after_any_file_appears(folder, tmp_path, monkeypatch, done):
+    whole = tmp_path / "whole"
+    pack(str(folder), whole, shard_size=3000, progress=False)
+    real, left = os.replace, [0]
+
+    def replace(source, target):
+        left[0] -= 1
+        if left[0] >= 0 or done:
+            real(source, target)
+        if left[0] < 0:
+            raise KeyboardInterrupt
+
+    for stop in range(50):
+        out = tmp_path / f"{done}{stop}"
+        left[0] = stop
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "replace", replace)
+            try:
+                pack(str(folder), out, shard_size=3000, progress=False)
+            except KeyboardInterrupt:
+                interrupted = True
+            else:
+                interrupted = False
+        assert len(pack(str(folder), out, shard_size=3000, progress=False)) == 10
+        assert digests(out) == digests(whole)
+        for name in ("left_out.txt", "pack.json", "classes.txt"):
+            assert (out / name).read_bytes() == (whole / name).read_bytes()
+        if not interrupted:
+            break
+    assert not interrupted and stop > 2 * len(digests(whole))
+
+
+def test_ctrl_c_says_how_to_go_on(folder, tmp_path, monkeypatch, capsys):
+    with monkeypatch.context() as patch:
+        patch.setattr(module._Shard, "finish", lambda self: signal.raise_signal(signal.SIGINT))
+        assert main([str(folder), str(tmp_path / "out")]) == 130
+    assert "stopped; the same command goes on" in capsys.readouterr().err
+    assert main([str(folder), str(tmp_path / "out")]) == 0
+
+
+def test_a_finished_shard_that_is_missing_is_said(folder, tmp_path, capsys):
+    words = [str(folder), str(tmp_path / "out"), "--shard_size", "3000"]
+    assert main(words) == 0
+    (tmp_path / "out/shard-000001.tar").unlink()
+    assert main(words) == 2
+    assert "shard-000001.tar was finished and is missing; choose another folder" in capsys.readouterr().err
 
 
 def test_a_killed_run_continues(folder, tmp_path):

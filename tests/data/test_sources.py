@@ -173,7 +173,21 @@ def test_a_folder_keeps_its_identity(written):
     manifest = build_manifest(written["folder"])
     assert runlist.names(manifest) == [f"{i:04}.jpg" for i in range(N)]
     assert runlist.names(build_manifest(written["tar"]))[:2] == ["0.tar/0000.jpg", "0.tar/0001.jpg"]
-    assert runlist.names(build_manifest(written["remote"]))[0] == "../0.tar/0000.jpg"
+    assert runlist.names(build_manifest(written["remote"]))[0] == "0.tar/0000.jpg"
+
+
+@pytest.mark.parametrize(
+    ("source", "spellings"),
+    [
+        ("tar", ("", "/{0..1}.tar", "/*.tar", "/[01].tar", "/../tar/{0,1}.tar")),
+        ("lmdb", ("", "/data.mdb")),
+        ("tfrecord", ("", "/?-00000-of-00002")),
+    ],
+)
+def test_shards_keep_their_identity_however_they_are_spelled(written, source, spellings):
+    names = [runlist.names(build_manifest(written[source] + spelling)) for spelling in spellings]
+    assert all(found == names[0] for found in names) and len(names[0]) == N
+    assert not any(name.startswith("..") for name in names[0])
 
 
 # -------------------------------------------------------------------------------------------------- bad input

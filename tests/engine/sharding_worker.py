@@ -69,7 +69,7 @@ class Run:
             out = self.method(*crops, teacher_temp=0.04, freeze_last_layer=frozen)
         self.updater.set_sync(last)
         out.loss.backward()
-        self.loss, self.batch_center = out.loss.detach(), out.batch_center
+        self.loss, self.batch_center = out.loss.detach(), out.statistics
 
     def step(self, *batches: tuple[Tensor, Tensor], frozen: bool = False, parts: int = 1) -> bool:
         """An update from ``batches``, on ``parts`` processes; whether a gradient was not finite."""
@@ -81,7 +81,7 @@ class Run:
         if parts > 1:
             dist.all_reduce(center)
         found = self.updater.step(Scalars(), grad_scale=float(len(batches)))
-        self.method.update_center(center, found)
+        self.method.update(center, found)
         return bool(found)
 
     def weights(self) -> dict[str, Tensor]:

@@ -15,6 +15,7 @@ from fastdino.config import Config, ConfigError, validate, with_flags
 from fastdino.engine.build import Engine, build
 from fastdino.engine.parallel import World
 from fastdino.engine.schedules import Schedule
+from fastdino.models.batch_norm import SyncBatchNorm
 from fastdino.models.vit import VisionTransformer
 from tests.engine.test_step import B, assert_same, batches, paper_loop, tiny_config, without_key_bias
 
@@ -155,9 +156,12 @@ def test_what_two_processes_cannot_do_is_refused(flags, blamed):
     assert error.value.flag == blamed
 
 
-def test_synchronised_batch_norm_needs_gpus():
-    with pytest.raises(ConfigError, match="--use_bn_in_head: several processes need GPUs"):
-        build(configured(use_bn_in_head=True), World(0, 2, CPU))
+def test_several_processes_share_the_statistics_of_batch_norm():
+    engine = build(configured(use_bn_in_head=True), World(0, 2, CPU))
+    norms = [m for m in engine.method.modules() if isinstance(m, torch.nn.BatchNorm1d | SyncBatchNorm)]
+    assert len(norms) == 4 and all(isinstance(m, SyncBatchNorm) for m in norms)
+    assert not engine.step.may_abandon
+    assert {id(p) for m in norms for p in m.parameters()} <= set(map(id, engine.method.parameters()))
 
 
 def test_copies_follow_the_weights():

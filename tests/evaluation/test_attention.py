@@ -21,7 +21,6 @@ from fastdino.evaluation.attention import (
     patch_at,
     scale_to_unit,
     view,
-    vision_transformer,
     write_attention,
 )
 from fastdino.evaluation.features import normalize
@@ -141,11 +140,6 @@ def test_a_points_map_is_that_of_its_patch(backbone, photo):
     assert np.abs(changed.mean(0) - (11.5, 19.5)).max() <= 1
 
 
-def test_other_networks_are_refused():
-    with pytest.raises(ValueError, match="--weights: expected a vision transformer, got a Linear"):
-        vision_transformer(torch.nn.Linear(2, 2))
-
-
 def test_frames(backbone):
     assert frame_size((200, 100), [50]) == (50, 100) and frame_size((200, 100), [30, 40]) == (30, 40)
     frames = [Image.new("RGB", (60, 40), (i, i, i)) for i in range(2)]
@@ -170,6 +164,11 @@ def test_video_in_and_out(photo, tmp_path, capsys):
     assert main([*line, "--data_path", str(result), "--video_format", "frames", "--threshold", "0.6"]) == 0
     assert sorted(p.name for p in (tmp_path / "out" / "attention").iterdir())[2] == "frame-000003.png"
     assert Image.open(tmp_path / "out" / "attention.png").width > 560
+    joined = ["attention", "--video_only", "--video_format", "gif", "--output_path", str(tmp_path / "joined")]
+    assert main([*joined, "--input_path", str(tmp_path / "out" / "attention")]) == 0
+    assert Clip(tmp_path / "joined" / "attention.gif").frames == 3
+    assert main([*joined, "--input_path", str(result)]) == 2
+    assert "--video_only" in capsys.readouterr().err
     assert main([*line, "--input_path", str(result), "--points", "1,1"]) == 2
     assert "--points" in capsys.readouterr().err
     with pytest.raises(SystemExit):

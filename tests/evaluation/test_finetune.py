@@ -19,7 +19,7 @@ from fastdino.data.manifest import build_manifest
 from fastdino.engine.parallel import World
 from fastdino.evaluation import mixup
 from fastdino.evaluation.__main__ import main
-from fastdino.evaluation.features import read_image
+from fastdino.evaluation.features import in_threads, read_image
 from fastdino.evaluation.finetune import (
     RECIPES,
     FineTuning,
@@ -32,7 +32,8 @@ from fastdino.evaluation.finetune import (
     training_crop,
 )
 from fastdino.evaluation.randaugment import FILL, OPERATIONS, rand_augment
-from fastdino.evaluation.training import Sample, crop_box, generator, in_threads, random_crop
+from fastdino.evaluation.training import Sample, crop_box, generator, random_crop
+from fastdino.models import ResNet
 from tests.evaluation.test_linear import ALONE, dataset, line, tiny_vit, two_heads  # noqa: F401
 
 QUICK = Recipe(epochs=4, lr=0.05, warmup_epochs=1, drop_path=0.3, head_scale=1.0)
@@ -104,6 +105,9 @@ def test_classifier_starts_small_and_refuses_what_a_network_lacks():
     for recipe, flag in ((Recipe(), "drop_path"), (Recipe(drop_path=0, layer_decay=0.5), "layer_decay")):
         with pytest.raises(ValueError, match=flag):
             build_classifier(nn.Flatten(), 2, recipe, 24, torch.device("cpu"), 0)
+    resnet = ResNet(width=4, blocks=(1, 1, 1, 1))
+    with pytest.raises(ValueError, match="drop_path.*ResNet has no stochastic depth"):
+        build_classifier(resnet, 2, Recipe(), 32, torch.device("cpu"), 0)
     plain = build_classifier(nn.Flatten(), 2, Recipe(drop_path=0), 24, torch.device("cpu"), 0)
     assert plain.head.in_features == 3 * 24 * 24
 

@@ -15,13 +15,13 @@ from fastdino.evaluation.jaccard import (
     best_and_worst,
     best_head_jaccard,
     best_heads,
-    find_voc,
     jaccard,
     jaccard_by_threshold,
     pair_masks,
     read_mask,
     voc_pairs,
 )
+from fastdino.evaluation.plan import find_voc
 
 
 def test_best_head_for_each_object_then_mean_over_objects():
@@ -182,8 +182,11 @@ def test_command_on_voc(voc, tmp_path, capsys):
     assert main([*line, "--data_path", str(voc.parent), "--output_dir", str(tmp_path / "out")]) == 0
     assert "paper, VOC12 val, vit_small/16: random 22.0" in capsys.readouterr().out
     record = json.loads(next((tmp_path / "out").glob("jaccard*.json")).read_text())
-    assert record["figures"]["jaccard"] == record["figures"]["jaccard_60"]
+    assert list(record["figures"]) == ["jaccard_60", "jaccard_80"]
     assert record["figures"]["jaccard_80"] > 0 and record["settings"]["gt"] == "class"
     assert (tmp_path / "out" / "jaccard.png").exists() and list(record["pictures"]) == ["jaccard.png"]
     assert main([*line, "--data_path", str(voc / "JPEGImages")]) == 2
-    assert "--mask_path is required" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert "--mask_path is required" in error and "ImageSets/Segmentation/val.txt" in error
+    assert main([*line, "--data_path", str(voc), "--threshold", "0.7"]) == 0
+    assert "0.7 of the mass" in capsys.readouterr().out

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import tarfile
 
 import numpy as np
 import pytest
@@ -11,8 +12,20 @@ import torch
 from PIL import Image
 
 from fastdino.engine import checkpoint
-from fastdino.evaluation.__main__ import main
+from fastdino.evaluation import evaluate
+from fastdino.evaluation.__main__ import PROTOCOLS, main
+from fastdino.evaluation.features import list_images, name_below
 from fastdino.models import VisionTransformer
+
+OFFICIAL = """
+--arch --patch_size --pretrained_weights --checkpoint_key --num_workers --data_path --batch_size_per_gpu
+--nb_knn --temperature --use_cuda --dump_features --load_features
+--n_last_blocks --avgpool_patchtokens --epochs --lr --val_freq --output_dir --num_labels --evaluate
+--dataset --multiscale --imsize --whitening_path --distractors_path
+--n_last_frames --size_mask_neighborhood --topk --bs
+--image_path --image_size --threshold --input_path --output_path --resize --video_only --fps --video_format
+"""
+"""Flags of the official scripts, but --dist_url and --local_rank, which are taken and not shown."""
 
 SMALL = ["--weights", "random", "--arch", "vit_tiny", "--device", "cpu"]
 
@@ -33,17 +46,18 @@ def dataset(tmp_path):
 def test_help_needs_no_torch():
     code = (
         "import sys, fastdino.evaluation.__main__ as m\n"
-        "for words in (['--help'], ['knn', '--help'], ['attention', '--help'], ['jaccard', '--help']):\n"
-        "    try: m.main(words)\n"
-        "    except SystemExit as e: assert e.code == 0\n"
-        "heavy = {'torch', 'numpy', 'PIL', 'matplotlib'} & set(sys.modules)\n"
+        "for words in ([], *([name] for name in m.PROTOCOLS)):\n"
+        "    try: m.main([*words, '--help'])\n"
+        "    except SystemExit as e: assert e.code == 0, words\n"
+        "heavy = {'torch', 'numpy', 'PIL', 'matplotlib', 'scipy', 'sklearn'} & set(sys.modules)\n"
         "assert not heavy, heavy\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert (
-        "--nb_knn" in done.stdout and "--threshold" in done.stdout and "--pretrained_weights" in done.stdout
-    )
+    for protocol in PROTOCOLS:
+        assert f"usage: python -m fastdino.evaluation {protocol} " in done.stdout
+    for flag in OFFICIAL.split():
+        assert f" {flag} " in done.stdout.replace(",", " ").replace("[", " "), flag
 
 
 def test_knn_on_fewer_images_than_neighbours_and_features_on_disk(dataset, capsys):
@@ -98,7 +112,7 @@ def test_jaccard(dataset, capsys):
     "words, message",
     [
         (["knn", "--weights", "random"], "--data_path"),
-        (["knn", "--weights", "random", "--data_path", "/nowhere"], "/nowhere"),
+        (["knn", "--weights", "random", "--data_path", "/nowhere"], "DIR/train/<class>/*.jpg"),
         (["knn", "--load_features", "/nowhere"], "/nowhere/trainfeat.pth"),
         (["attention", "--weights", "random", "--data_path", "/nowhere"], "/nowhere"),
         (["attention", *SMALL, "--data_path", __file__, "--image_size", "1", "2", "3"], "--image_size"),
@@ -154,3 +168,50 @@ def test_weights_from_files(dataset, capsys):
         assert main([*line, "--weights", str(dataset / name), *words]) == 2
         assert name in capsys.readouterr().err
     assert main([*line, "--weights", str(dataset / "official.pth"), "--checkpoint_key", "best"]) == 2
+
+
+def test_the_same_from_python(dataset):
+    torch.manual_seed(0)
+    backbone = VisionTransformer(img_size=32, patch_size=8, embed_dim=64, depth=2, num_heads=1).train()
+    flags = {"data_path": dataset, "nb_knn": [3, 5], "image_size": 32, "device": "cpu", "subset": None}
+    result = evaluate("knn", backbone, **flags)
+    assert result.figures["top1_k3"] == 100.0 and "top1_k20" not in result.figures
+    assert backbone.training and all(p.requires_grad for p in backbone.parameters())
+    few = {"data_path": dataset, "image_size": 32, "undivided": True, "device": "cpu"}
+    assert evaluate("logistic", backbone, **few).settings["undivided"]
+    assert evaluate("throughput", "random", arch="vit_tiny", image_size=32, warmup=1, passes=1).figures
+    for name, flags, message in (
+        ("knn", {"neighbours": 3}, "knn: no flag --neighbours"),
+        ("knn", {"nb_knn": 0}, "knn: .*--nb_knn.*positive"),
+        ("jaccard", {}, "jaccard: .*required.*--data_path"),
+        ("nearest", {}, "protocol: expected one of knn, linear"),
+        ("report", {}, "protocol"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            evaluate(name, backbone, **flags)
+
+
+def test_images_in_containers(dataset):
+    shards = dataset / "shards"
+    shards.mkdir()
+    with tarfile.open(shards / "0.tar", "w") as file:
+        for i, path in enumerate(sorted((dataset / "val").rglob("*.jpg"))):
+            file.add(path, f"{i}.jpg")
+    root, paths = list_images(shards)
+    assert (
+        root == str(shards) and len(paths) == 4 and all(path.startswith(f"{shards}/0.tar/") for path in paths)
+    )
+    assert list_images(shards / "0.tar")[1] == paths
+    network = VisionTransformer(img_size=32, patch_size=8, embed_dim=64, depth=2, num_heads=1)
+    out = dataset / "out"
+    for protocol, more in (("attention", {}), ("pca", {}), ("neighbours", {"k": 2})):
+        flags = {"data_path": shards, "image_size": 32, "device": "cpu", "output_dir": out} | more
+        assert evaluate(protocol, network, **flags).pictures
+    assert len(list(out.glob("0.tar/*/attention.png"))) == 4
+
+
+def test_names_of_images_stay_below_the_output(tmp_path):
+    assert name_below(tmp_path, tmp_path / "a" / "b.jpg").as_posix() == "a/b.jpg"
+    for path in (f"{tmp_path}/x.tar/../../b.jpg", "/elsewhere/b.jpg", "../b.jpg"):
+        name = name_below(tmp_path, path)
+        assert not name.is_absolute() and ".." not in name.parts and name.name == "b.jpg"

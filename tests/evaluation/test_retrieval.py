@@ -8,10 +8,13 @@ import pickle
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
 from PIL import Image
 
+from fastdino.engine.parallel import World
 from fastdino.evaluation.__main__ import main
-from fastdino.evaluation.descriptors import ahead, describe
+from fastdino.evaluation.descriptors import describe
 from fastdino.evaluation.ground_truth import Query
 from fastdino.evaluation.retrieval import describer, load_image, retrieval_scores, truncated_images
 
@@ -114,11 +117,27 @@ def test_descriptors_come_in_order_whatever_the_sizes(batch_size, monkeypatch):
         describe(mean, [], lambda i: images[i])
 
 
-def test_loading_ahead_keeps_order_and_passes_errors_on():
-    assert list(ahead(range(20), lambda i: i * i, depth=3, num_threads=4)) == [i * i for i in range(20)]
-    assert list(ahead([], str, depth=3)) == []
-    with pytest.raises(ZeroDivisionError):
-        list(ahead([1, 0], lambda i: 1 / i, depth=3))
+def describe_sizes(world: World | None = None) -> torch.Tensor:
+    """Descriptors of five grey images of two sizes, in batches of two."""
+    images = [np.full((8, 8 + i % 2, 3), 10 * i, np.uint8) for i in range(5)]
+    return describe(
+        lambda x: x.mean((2, 3)), [str(i) for i in range(5)], lambda i: images[i], batch_size=2, world=world
+    )
+
+
+def share_work(rank: int, size: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=size)
+    torch.save(describe_sizes(World(rank, size, torch.device("cpu"))), f"{folder}/{rank}.pt")
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+@pytest.mark.skipif(not dist.is_gloo_available(), reason="needs gloo")
+def test_processes_share_the_images(tmp_path):
+    mp.spawn(share_work, args=(4, str(tmp_path)), nprocs=4)  # one of them gets no batch
+    for rank in range(4):
+        assert torch.equal(torch.load(tmp_path / f"{rank}.pt"), describe_sizes())
 
 
 # ----------------------------------------------------------------------------------------------- command line
@@ -178,6 +197,7 @@ def test_command(landmarks, capsys):
     assert record["settings"] == {
         "dataset": "roxford5k",
         "image_size": 48,
+        "precision": record["settings"]["precision"],
         "multiscale": False,
         "crop_queries": False,
     }

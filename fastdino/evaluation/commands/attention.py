@@ -7,11 +7,17 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from fastdino.evaluation import command
 from fastdino.evaluation.command import Result
 
+if TYPE_CHECKING:
+    from fastdino.evaluation.video import Clip
+
 HELP = "Show the attention of every head of the last block: pictures of images, videos of videos."
+
+_NEEDED = "whose heads attend from [CLS] to patches"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -61,6 +67,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=("mp4", "avi", "gif", "webp", "frames"),
         help="of a video's result (default: mp4, or webp where PyAV is not installed)",
     )
+    parser.add_argument(
+        "--video_only",
+        action="store_true",
+        help="only join the pictures in the folder --input_path to a video; needs no weights",
+    )
     parser.add_argument("--output_dir", "--output_path", metavar="DIR", default=".", help="default: .")
 
 
@@ -78,6 +89,8 @@ def run(flags: argparse.Namespace) -> Result:
     for flag in ("image_size", "resize"):
         if len(getattr(flags, flag) or [0]) > 2:
             raise ValueError(f"--{flag}: expected one or two numbers, got {len(getattr(flags, flag))}")
+    if flags.video_only:
+        return _joined(flags)
     if flags.input_path or Path(flags.data_path).suffix.lower() in video.SUFFIXES:
         return _film(flags)
     return _pictures(flags)
@@ -85,24 +98,23 @@ def run(flags: argparse.Namespace) -> Result:
 
 def _pictures(flags: argparse.Namespace) -> Result:
     from fastdino.data.manifest import printable
-    from fastdino.evaluation.attention import frame_size, vision_transformer, write_attention
-    from fastdino.evaluation.features import UnreadableImage, list_images, read_image
+    from fastdino.evaluation.attention import frame_size, write_attention
+    from fastdino.evaluation.features import UnreadableImage, list_images, name_below, read_image
 
     size = (flags.image_size[0], flags.image_size[-1])
     root, paths = list_images(flags.data_path)
     paths = command.spread(paths, flags.num_images or len(paths))
-    backbone = vision_transformer(command.backbone(flags))
+    backbone = command.vision_transformer(flags, _NEEDED)
     output = Path(flags.output_dir)
     files, unreadable = [], []
     with command.progress("attention maps") as progress:
         for done, path in enumerate(paths, 1):
             # the suffix stays in the folder's name: cat.jpg and cat.png are two images
-            inside = path.relative_to(root) if path.is_relative_to(root) else Path(path.name)
             try:
                 files += write_attention(
                     backbone,
                     path,
-                    output if len(paths) == 1 else output / inside,
+                    output if len(paths) == 1 else output / name_below(root, path),
                     image_size=frame_size(read_image(path).size, flags.resize) if flags.resize else size,
                     threshold=flags.threshold,
                     points=flags.points,
@@ -124,26 +136,45 @@ def _pictures(flags: argparse.Namespace) -> Result:
     )
 
 
+def _joined(flags: argparse.Namespace) -> Result:
+    """The pictures of a folder as a video."""
+    import numpy as np
+
+    from fastdino.evaluation import video
+
+    if not flags.input_path or not Path(flags.input_path).is_dir():
+        raise ValueError(f"--video_only: expected --input_path with a folder, got {flags.input_path}")
+    clip, path, fps = _clip(flags)
+    count = video.write_video(map(np.asarray, clip), path, fps)
+    return Result({}, [f"{count} frames at {fps:g} per second: {path}"], {"fps": fps})
+
+
+def _clip(flags: argparse.Namespace) -> tuple[Clip, Path, float]:
+    """The video that is read, the file that is written, and its frames per second."""
+    from fastdino.evaluation import video
+
+    clip = video.Clip(flags.input_path or flags.data_path)
+    kind = flags.video_format or ("mp4" if video.has_av() else "webp")
+    path = Path(flags.output_dir, "attention" if kind == "frames" else f"attention.{kind}")
+    return clip, path, flags.fps or clip.fps or 30.0
+
+
 def _film(flags: argparse.Namespace) -> Result:
     from collections.abc import Iterator
 
     import numpy as np
 
     from fastdino.evaluation import sheets, video
-    from fastdino.evaluation.attention import film, vision_transformer
+    from fastdino.evaluation.attention import film
 
     if flags.points:
         raise ValueError("--points: expected an image or a folder of images, got a video")
-    clip = video.Clip(flags.input_path or flags.data_path)
-    kind = flags.video_format or ("mp4" if video.has_av() else "webp")
-    fps = flags.fps or clip.fps or 30.0
-    resize = flags.resize or [480]
-    output = Path(flags.output_dir)
-    path = output / ("attention" if kind == "frames" else f"attention.{kind}")
+    clip, path, fps = _clip(flags)
+    resize, output = flags.resize or [480], Path(flags.output_dir)
     chosen = set(np.linspace(0, max(0, clip.frames - 1), 6).astype(int).tolist())
     shown: list[list[sheets.Cell | None]] = []
     headings = ["mean of heads", *(["outlines of all heads"] if flags.threshold else [])]
-    backbone = vision_transformer(command.backbone(flags))
+    backbone = command.vision_transformer(flags, _NEEDED)
     made = film(backbone, clip, resize=resize, threshold=flags.threshold, device=command.device(flags))
     with command.progress("attention of frames") as progress:
 

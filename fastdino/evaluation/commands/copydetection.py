@@ -80,11 +80,7 @@ def run(flags: argparse.Namespace) -> Result:
         if folder and not others[flag]:
             raise ValueError(f"--{flag}: no images in {folder}")
 
-    backbone = command.backbone(flags)
-    if not hasattr(backbone, "get_intermediate_layers"):
-        raise ValueError(
-            "--weights: expected a Vision Transformer, whose patch tokens are part of the descriptor"
-        )
+    backbone = command.vision_transformer(flags, "whose patch tokens are part of the descriptor")
     database = _describe(flags, backbone, [*originals, *others["distractors_path"]], "database")
     queries = {name: _describe(flags, backbone, files, name) for name, files in blocks.items()}
     if others["whitening_path"]:
@@ -116,6 +112,7 @@ def run(flags: argparse.Namespace) -> Result:
         lines,
         {
             "image_size": flags.imsize,
+            "precision": command.precision_name(flags),
             "distractors": len(others["distractors_path"]),
             "whitening": len(others["whitening_path"]),
             "center_covariance": flags.center_covariance,
@@ -140,4 +137,5 @@ def _describe(flags: argparse.Namespace, backbone: VisionTransformer, files: lis
             num_threads=flags.num_workers,
             dtype=command.precision(flags),
             progress=progress,
+            world=command.world(flags),
         )

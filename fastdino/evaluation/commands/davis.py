@@ -83,9 +83,7 @@ def _write_masks(flags: argparse.Namespace, videos: list[Video], folder: Path) -
     from fastdino.evaluation.davis import OFFICIAL_STD, Propagation, segment, write_labels
     from fastdino.evaluation.features import IMAGENET_STD
 
-    backbone = command.backbone(flags)
-    if not hasattr(backbone, "get_intermediate_layers"):
-        raise ValueError("--weights: expected a Vision Transformer, whose patch tokens carry the labels")
+    backbone = command.vision_transformer(flags, "whose patch tokens carry the labels")
     how = Propagation(
         flags.n_last_frames,
         flags.size_mask_neighborhood,

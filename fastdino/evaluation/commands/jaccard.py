@@ -50,14 +50,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(flags: argparse.Namespace) -> Result:
     from fastdino.evaluation import sheets
-    from fastdino.evaluation.attention import vision_transformer
     from fastdino.evaluation.jaccard import (
+        VOC_LAYOUT,
         best_and_worst,
-        find_voc,
         jaccard_by_threshold,
         pair_masks,
         voc_pairs,
     )
+    from fastdino.evaluation.plan import find_voc
 
     voc = None if flags.mask_path else find_voc(flags.data_path)
     if voc is not None:
@@ -66,9 +66,11 @@ def run(flags: argparse.Namespace) -> Result:
         images, masks = pair_masks(flags.data_path, flags.mask_path)
     else:
         raise ValueError(
-            f"--mask_path is required: {flags.data_path} is not PASCAL VOC 2012 (it has no folder JPEGImages)"
+            f"--mask_path is required: {flags.data_path} is not PASCAL VOC 2012 (it has no folder "
+            f"JPEGImages); {VOC_LAYOUT}"
         )
-    backbone, device = vision_transformer(command.backbone(flags)), command.device(flags)
+    backbone = command.vision_transformer(flags, "whose heads attend from [CLS] to patches")
+    device = command.device(flags)
     thresholds = list(dict.fromkeys([flags.threshold, 0.6, 0.8]))
     with command.progress("attention masks") as progress:
         results = jaccard_by_threshold(
@@ -105,11 +107,7 @@ def run(flags: argparse.Namespace) -> Result:
         sheets.save(sheet, Path(flags.output_dir) / "jaccard.png")
         pictures["jaccard.png"] = "Objects and the best head's mask: the best and the worst images"
     return Result(
-        figures={
-            "jaccard": chosen.mean,
-            "jaccard_60": results[0.6].mean,
-            "jaccard_80": results[0.8].mean,
-        },
+        figures={f"jaccard_{100 * threshold:g}": result.mean for threshold, result in results.items()},
         lines=lines,
         settings=settings,
         pictures=pictures,

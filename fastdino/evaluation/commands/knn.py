@@ -99,7 +99,7 @@ def run(flags: argparse.Namespace) -> Result:
     figures |= {f"top5_k{k}": top5 for k, (_, top5) in result.items()}
     settings = {"image_size": flags.image_size, "temperature": flags.temperature}
     if not flags.load_features:
-        settings["precision"] = str(command.precision(flags)).removeprefix("torch.")
+        settings["precision"] = command.precision_name(flags)
     if flags.subset:
         settings["subset"] = flags.subset
     return Result(figures, lines, settings)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -74,7 +73,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="layer for --evaluate: an official file, or a folder of this command (default: --output_dir)",
     )
     command.loading_arguments(parser)
-    command.output_argument(parser)
+    command.output_argument(parser, keeps="the features and an epoch's state, so that a killed run goes on")
 
 
 def run(flags: argparse.Namespace) -> Result:
@@ -121,9 +120,10 @@ def _train(flags: argparse.Namespace, network: ProbeFeatures, settings: dict[str
     batch = flags.batch_size_per_gpu * world.size
     settings |= {"lr": flags.lr, "epochs": flags.epochs, "batch_size": batch, "num_labels": classes}
     settings |= {"features": flags.features, "cached_views": flags.cached_views, "seed": flags.seed}
-    held_out = _features(flags, network, test.paths[world.rank :: world.size], f"features of {test.root}")
+    settings |= {"precision": command.precision_name(flags)}
+    held_out = _features(flags, network, test, "held_out", world)
     kept_with = {**settings, "images": len(train), "held_out": len(test)}
-    kept_with |= {"precision": str(command.precision(flags)), "weights": digest_of_weights(network)}
+    kept_with |= {"weights": digest_of_weights(network)}
     with command.progress("linear") as progress:
         trained = train_linear(
             _source(flags, network, train, train_labels, world, batch),
@@ -189,7 +189,7 @@ def _evaluate(flags: argparse.Namespace, network: ProbeFeatures, settings: dict[
         raise ValueError(f"--linear_weights: {path} knows {len(weight)} classes, {test.root} has {classes}")
     world = command.world(flags)
     enough_images(world, test)
-    features = _features(flags, network, test.paths[world.rank :: world.size], f"features of {test.root}")
+    features = _features(flags, network, test, "held_out", world)
     if features.shape[1] != weight.shape[1]:
         raise ValueError(
             f"--linear_weights: {path} takes {weight.shape[1]} features, the network gives "
@@ -247,16 +247,22 @@ def _source(
         with command.progress(f"features of {train.root}") as progress:
             features = live.views(flags.cached_views, progress)
     else:
-        features = _features(flags, network, train.paths[mine], f"features of {train.root}")[None]
+        features = _features(flags, network, train, "train", world)[None]
     return Cached(features, labels[mine], world, batch, len(train), flags.seed)
 
 
 def _features(
-    flags: argparse.Namespace, network: ProbeFeatures, paths: Sequence[str], text: str
+    flags: argparse.Namespace, network: ProbeFeatures, images: Manifest, name: str, world: World
 ) -> torch.Tensor:
+    """Features of this process's share of the images, kept under ``name`` where there is an output folder."""
     from fastdino.evaluation.features import extract_features
 
-    with command.progress(text) as progress:
+    paths = images.paths[world.rank :: world.size]
+    file = None
+    if flags.output_dir:
+        kind = f"{network.n}{'-avgpool' if network.avgpool else ''}"
+        file = Path(flags.output_dir, "features", f"linear-{name}-{kind}-{world.rank}-of-{world.size}.pth")
+    with command.progress(f"features of {images.root}") as progress:
         return extract_features(
             network,
             paths,
@@ -266,4 +272,5 @@ def _features(
             num_threads=flags.num_workers,
             dtype=command.precision(flags),
             progress=progress,
+            file=file,
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fastdino.evaluation import command
@@ -51,7 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="side of the center crop in pixels (default: 224)",
     )
     command.loading_arguments(parser)
-    command.output_argument(parser)
+    command.output_argument(parser, keeps="the features, so that a run that was killed goes on")
 
 
 def run(flags: argparse.Namespace) -> Result:
@@ -71,7 +72,8 @@ def run(flags: argparse.Namespace) -> Result:
     train_labels, labels = matching_labels(train, test)
     backbone, world = command.backbone(flags), command.world(flags)
     features = []
-    for manifest in (train, test):
+    kept = Path(flags.output_dir, "features") if flags.output_dir else None
+    for name, manifest in (("train", train), ("held_out", test)):
         with command.progress(f"features of {manifest.root}") as progress:
             features.append(
                 extract_features(
@@ -83,14 +85,16 @@ def run(flags: argparse.Namespace) -> Result:
                     num_threads=flags.num_workers,
                     dtype=command.precision(flags),
                     progress=progress,
+                    file=kept and kept / f"logistic-{name}.pth",
                     world=world,
                 )
             )
-    result = Result({}, [])
-    if world.main:
-        result = _fit(flags, features[0], train_labels, features[1], labels)
-    parallel.after_main()
-    return result
+    try:
+        if world.main:
+            return _fit(flags, features[0], train_labels, features[1], labels)
+    finally:
+        parallel.after_main()
+    return Result({}, [])
 
 
 def _fit(
@@ -119,6 +123,6 @@ def _fit(
         lines.append(f"NOT CONVERGED to --tolerance {flags.tolerance:g} (see --max_iterations)")
     lines.append(f"Logistic regression: Top1: {top1:.2f}, Top5: {top5:.2f}")
     settings = {"image_size": flags.image_size, "subset": flags.subset, "lambd": flags.lambd}
-    settings |= {"undivided": flags.undivided, "precision": flags.precision}
+    settings |= {"undivided": flags.undivided, "precision": command.precision_name(flags)}
     details = {"objective": fit.objective, "gap": fit.gap, "iterations": fit.iterations, "images": n}
     return Result({"top1": top1, "top5": top5}, lines, settings, details=details)

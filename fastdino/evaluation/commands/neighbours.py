@@ -65,18 +65,23 @@ def run(flags: argparse.Namespace) -> Result:
         queries = [kept.index(query) for query in queries]
         paths = [paths[i] for i in kept]
         named = None if named is None else [named[i] for i in kept]
+    world, backbone = command.world(flags), command.backbone(flags)
     with command.progress("features") as progress:
         features = extract_features(
-            command.backbone(flags),
+            backbone,
             paths,
             image_size=flags.image_size,
-            device=command.device(flags),
+            device=world.device,
             batch_size=flags.batch_size_per_gpu,
             num_threads=flags.num_workers,
             dtype=command.precision(flags),
             progress=progress,
+            world=world,
         )
-    found = nearest(features, queries, flags.k)
+    if not world.main:
+        return Result({}, [])
+    k = max(1, min(flags.k, len(paths) - 1))
+    found = nearest(features, queries, k)
     picture = sheet(paths, named, queries, found, image_size=flags.image_size)
     path = sheets.save(picture, Path(flags.output_dir) / "neighbours.png")
     rows: list[dict[str, Any]] = [
@@ -96,7 +101,12 @@ def run(flags: argparse.Namespace) -> Result:
     return Result(
         figures={},
         lines=[*lines, f"{len(queries)} queries among {len(paths)} images: {path}"],
-        settings={"image_size": flags.image_size, "k": flags.k, "images": len(paths)},
+        settings={
+            "image_size": flags.image_size,
+            "k": k,
+            "precision": command.precision_name(flags),
+            "images": len(paths),
+        },
         pictures={"neighbours.png": "Queries and their nearest images"},
         details={"queries": rows},
     )

@@ -33,12 +33,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(flags: argparse.Namespace) -> Result:
     from fastdino.evaluation import sheets
-    from fastdino.evaluation.attention import vision_transformer
     from fastdino.evaluation.features import list_images
     from fastdino.evaluation.pca import patch_pictures, sheet
 
     paths = command.spread(list_images(flags.data_path)[1], flags.num_images)
-    backbone = vision_transformer(command.backbone(flags))
+    backbone = command.vision_transformer(flags, "whose patches have features")
     with command.progress("patch features") as progress:
         pictures, shares = patch_pictures(
             backbone, paths, image_size=flags.image_size, device=command.device(flags), progress=progress

@@ -35,7 +35,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(flags: argparse.Namespace) -> Result:
-    """Results that are there already, of the same command, are kept: an interrupted report goes on."""
+    """Results that are there already, of the same command and weights, are kept: an interrupted report goes
+    on.
+    """
     from fastdino.evaluation.plan import BY_REQUEST, curves, plan
     from fastdino.report.comparison import read_results, write_comparison
 
@@ -54,19 +56,23 @@ def run(flags: argparse.Namespace) -> Result:
         tasks = [task for task in tasks if task.protocol in flags.protocols]
     else:
         tasks = [task for task in tasks if task.protocol not in BY_REQUEST]
+    plans = [
+        tasks + [task for task in curves(weights) if task.protocol in (flags.protocols or ["collapse"])]
+        for weights in flags.weights
+    ]
+    if not any(plans):
+        raise ValueError("--protocols: collapse needs run directories with metrics.jsonl as --weights")
     output = Path(flags.output_dir)
     networks = []
-    for name, weights in zip(names, flags.weights, strict=True):
+    for name, weights, mine in zip(names, flags.weights, plans, strict=True):
         failures = {}
-        mine = tasks + [
-            task for task in curves(weights) if task.protocol in (flags.protocols or ["collapse"])
-        ]
         for task in mine:
             network = [] if task.protocol == "collapse" else _network(flags, weights)
             words = [task.protocol, *network, *task.words, "--output_dir", str(output / name)]
-            if not flags.again and _done(output / name / f"{task.key}.json", words):
+            if not flags.again and _done(output / name / f"{task.key}.json", words, weights):
                 continue
-            print(f"-- {name}: {shlex.join(words)}", file=sys.stderr)
+            if command.first():
+                print(f"-- {name}: {shlex.join(words)}", file=sys.stderr)
             reason = _run(words)
             if reason:
                 failures[task.key] = reason
@@ -75,6 +81,8 @@ def run(flags: argparse.Namespace) -> Result:
         found.results = {key: record for key, record in found.results.items() if key in wanted}
         found.failures |= failures
         networks.append(found)
+    if not command.first():
+        return Result({}, [])
     page = write_comparison(networks, output / "report.html")
     measured = sum(len(network.results) for network in networks)
     failed = sum(len(network.failures) for network in networks)
@@ -107,12 +115,18 @@ def _network(flags: argparse.Namespace, weights: str) -> list[str]:
     return words
 
 
-def _done(path: Path, words: list[str]) -> bool:
+def _done(path: Path, words: list[str], weights: str) -> bool:
+    """Whether there is a result of the same command, and none of the weights is newer."""
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
+        written = path.stat().st_mtime
     except (OSError, ValueError):
         return False
-    return isinstance(record, dict) and record.get("command") == command.written_as(words)
+    source = Path(weights)
+    parts = [part for name in ("checkpoints", "metrics.jsonl") if (part := source / name).exists()]
+    newest = max((part.stat().st_mtime for part in parts or [source] if part.exists()), default=0.0)
+    same = isinstance(record, dict) and record.get("command") == command.written_as(words)
+    return same and newest <= written
 
 
 def _run(words: list[str]) -> str:
@@ -123,6 +137,7 @@ def _run(words: list[str]) -> str:
     try:
         __main__.run(flags, words)
     except (OSError, ValueError, ImportError) as error:
-        print(f"{words[0]}: {error}", file=sys.stderr)
+        if command.first():
+            print(f"{words[0]}: {error}", file=sys.stderr)
         return str(error)
     return ""

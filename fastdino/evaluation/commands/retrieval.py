@@ -82,22 +82,22 @@ def run(flags: argparse.Namespace) -> Result:
     files = [*images, *query_files]
     boxes = [None] * len(images) + [query.box if flags.crop_queries else None for query in truth.queries]
 
-    backbone = command.backbone(flags)
-    device = command.device(flags)
+    world, backbone = command.world(flags), command.backbone(flags)
     with command.progress("features") as progress, evaluating(backbone), truncated_images():
         features = describe(
             describer(backbone, flags.multiscale),
             files,
             lambda i: load_image(files[i], flags.imsize, boxes[i]),
-            device=device,
+            device=world.device,
             batch_size=flags.batch_size_per_gpu,
             num_threads=flags.num_workers,
             dtype=command.precision(flags),
             progress=progress,
+            world=world,
         )
     database, queries = features[: len(images)], features[len(images) :]
     scores = retrieval_scores(
-        rank(queries, database, device=device if flags.use_cuda else "cpu"), truth.queries
+        rank(queries, database, device=world.device if flags.use_cuda else "cpu"), truth.queries
     )
 
     name = Path(flags.gnd).stem if flags.gnd else flags.dataset
@@ -116,6 +116,7 @@ def run(flags: argparse.Namespace) -> Result:
         {
             "dataset": name,
             "image_size": flags.imsize,
+            "precision": command.precision_name(flags),
             "multiscale": flags.multiscale,
             "crop_queries": flags.crop_queries,
         },

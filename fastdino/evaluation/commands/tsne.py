@@ -48,6 +48,7 @@ def run(flags: argparse.Namespace) -> Result:
     from fastdino.data.manifest import build_manifest, printable
     from fastdino.evaluation import sheets
     from fastdino.evaluation.features import center_crop, extract_features, read_image
+    from fastdino.evaluation.plan import held_out_folder
     from fastdino.evaluation.tsne import (
         capped_learning_rate,
         capped_perplexity,
@@ -57,26 +58,28 @@ def run(flags: argparse.Namespace) -> Result:
         write_csv,
     )
 
-    root = Path(flags.data_path)
-    held_out = next((root / name for name in ("val", "test") if (root / name).is_dir()), root)
+    held_out = held_out_folder(flags.data_path) or flags.data_path
     manifest = build_manifest(held_out)
     if manifest.labels is None:
         raise ValueError(f"--data_path: expected class folders in {held_out}, found images without classes")
     present = len(np.unique(manifest.labels))
     perplexity = capped_perplexity(flags.perplexity, present)
     learning_rate = capped_learning_rate(flags.learning_rate, present)
-    backbone = command.backbone(flags)
+    world, backbone = command.world(flags), command.backbone(flags)
     with command.progress("features") as progress:
         features = extract_features(
             backbone,
             manifest.paths,
             image_size=flags.image_size,
-            device=command.device(flags),
+            device=world.device,
             batch_size=flags.batch_size_per_gpu,
             num_threads=flags.num_workers,
             dtype=command.precision(flags),
             progress=progress,
+            world=world,
         )
+    if not world.main:
+        return Result({}, [])
     means, classes = class_means(features.numpy(), manifest.labels)
     names = [printable(manifest.class_names[i]) for i in classes]
     places = embed(
@@ -102,6 +105,7 @@ def run(flags: argparse.Namespace) -> Result:
         lines=lines,
         settings={
             "image_size": flags.image_size,
+            "precision": command.precision_name(flags),
             "perplexity": perplexity,
             "learning_rate": learning_rate,
             "iterations": flags.iterations,
