@@ -9,8 +9,10 @@ shrink with the demo's own, crop scales stay the demo's. So this tests that ever
 what collapses; it is no measurement of ImageNet, and with so few steps rows that the paper has apart by a
 point cannot be told apart.
 
-A row is called collapsed when the teacher says the same of every image: KL below 0.05 nats where there are
-distributions, spread of the embeddings below 0.05 of 1 where there are vectors, on most seeds.
+A row has not learned when its mean k-NN is less than two points above that of the untrained network; whether
+it collapsed to one answer can be read from entropy and KL (of distributions; both near 0, or KL near 0 and
+entropy near ln K) or spread (of embeddings; 0). The demo's head has batch norm, without which even the full
+method stays at the uniform plateau at this size, and which keeps answers apart where the paper's rows fail.
 """
 
 from __future__ import annotations
@@ -25,7 +27,7 @@ import os
 import re
 import statistics
 import tempfile
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +39,7 @@ from fastdino.data.demo import write_demo
 ROWS = [f"table7-{row}" for row in range(1, 10)] + [
     f"fig6-{teacher}" for teacher in ("copy", "prev-iter", "prev-epoch", "momentum")
 ]
-COLLAPSED = {"kl": 0.05, "spread": 0.05}
+MARGIN = 2.0  # points of k-NN above the untrained network that count as learning
 RATES = ("0.03", "0.1", "0.3", "1", "3")  # of the linear probe
 # What the demo has instead: flags that are not taken from a preset.
 _DEMOS_OWN = {"arch", "epochs", "global_crops_scale", "local_crops_scale", "batch_size", "precision"}
@@ -122,12 +124,9 @@ def run(name: str | None, seed: int, images: Path, epochs: int, out: Path) -> di
     return figures | {key: last[key] for key in ("teacher_entropy", "kl", "spread") if key in last}
 
 
-def collapsed(results: list[dict[str, float]]) -> bool:
-    """Whether most of a row's seeds ended with a teacher that says the same of all images."""
-    signs = [
-        any(result[key] < limit for key, limit in COLLAPSED.items() if key in result) for result in results
-    ]
-    return sum(signs) * 2 > len(signs)
+def learned(results: list[dict[str, float]], untrained: list[dict[str, float]]) -> bool:
+    """Whether the mean k-NN over seeds is more than a margin above the untrained network's."""
+    return statistics.mean(r["knn"] for r in results) > MARGIN + statistics.mean(r["knn"] for r in untrained)
 
 
 def rank_correlation(ours: list[float], theirs: list[float]) -> float:
@@ -152,7 +151,7 @@ def picture(
     )
     ys = range(len(names))
     ours = [statistics.mean(r["knn"] for r in results[name]) for name in names]
-    colors = ["#D55E00" if collapsed(results[name]) else "#0072B2" for name in names]
+    colors = ["#0072B2" if learned(results[name], untrained) else "#D55E00" for name in names]
     axes[0].barh(ys, [paper(name).get("k-NN", 0) for name in names], color="#999999", height=0.62)
     axes[0].set_title("Paper: ImageNet, ViT-S/16, 300 epochs", fontsize=11)
     axes[1].barh(ys, ours, color=colors, height=0.62)
@@ -161,7 +160,7 @@ def picture(
     level = statistics.mean(r["knn"] for r in untrained)
     axes[1].axvline(level, color="black", ls="--", lw=1)
     axes[1].annotate(" untrained", (level, -0.85), fontsize=9, annotation_clip=False)
-    axes[1].set_title("Here: demo images, 0.16 M parameters; orange collapsed", fontsize=11, pad=16)
+    axes[1].set_title("Here: demo images, 0.16 M parameters; orange not above untrained", fontsize=11, pad=16)
     axes[0].set_yticks(ys, [f"{name}: {title(name)}" for name in names])
     axes[0].invert_yaxis()
     for axis in axes:
@@ -205,11 +204,14 @@ def main() -> None:
         jobs = [(name, seed) for seed in args.seeds for name in rows]
         results: dict[str | None, list[dict[str, float]]] = {name: [] for name in rows}
         with ProcessPoolExecutor(args.jobs, multiprocessing.get_context("spawn")) as pool:
-            futures = [
-                pool.submit(kept, name, seed, images, args.epochs, runs / f"{name or 'untrained'}-{seed}")
-                for name, seed in jobs
-            ]
-            for (name, seed), future in zip(jobs, futures, strict=True):
+            futures: dict[tuple[str, int], Future[dict[str, float]]] = {}
+            for name, seed in jobs:  # rows of the same flags are one run
+                key = json.dumps(None if name is None else delta(name), sort_keys=True), seed
+                if key not in futures:
+                    out = runs / f"{name or 'untrained'}-{seed}"
+                    futures[key] = pool.submit(kept, name, seed, images, args.epochs, out)
+            for name, seed in jobs:
+                future = futures[json.dumps(None if name is None else delta(name), sort_keys=True), seed]
                 results[name].append(future.result())
                 print(f"{name or 'untrained'}, seed {seed}: {results[name][-1]}", flush=True)
     untrained = results.pop(None)
@@ -256,7 +258,7 @@ def report(
         say(
             f"{text:38} {mean('knn'):6.1f} {min(knn):6.1f}-{max(knn):6.1f} {mean('linear'):7.1f} "
             f"{shown(mean('teacher_entropy'), 8, 3)} {shown(mean('kl'), 7, 3)} {shown(mean('spread'), 7, 3)}"
-            f"  {theirs}{'  collapsed' if figures and collapsed(found) else ''}"
+            f"  {theirs}{'' if not figures or learned(found, untrained) else '  not learned'}"
         )
 
     line("untrained", untrained, {})

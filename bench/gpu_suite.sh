@@ -4,7 +4,7 @@
 #   bench/gpu_suite.sh [--toy]
 #
 # Machine facts and its measured peaks, the tests, then the benchmarks: kernels, Table 8, Table 1, the waterfall of a
-# step, memory. Results go to $OUT (bench/out): suite.log with everything that was printed, a JSON file per benchmark.
+# step, memory, multi-crop and, where DALI is installed, the loader. Results go to $OUT (bench/out): suite.log with everything that was printed, a JSON file per benchmark.
 # A part that fails or runs out of its time does not stop the others; a short table ends the output. The exit code is
 # that of the first part that failed.
 #
@@ -95,10 +95,12 @@ else
     for op in dino_loss prototype_loss AdamWEMA; do
         part "kernels $op" 30 "$PYTHON" -m bench.kernels --op "$op" --seconds 0.3 --save
     done
-    part table8 125 "$PYTHON" -m bench.table8 --save --seconds 8 --rows 10 0 6 2 "${OFFICIAL[@]}"
+    part table8 110 "$PYTHON" -m bench.table8 --save --seconds 8 --rows 10 0 6 2 "${OFFICIAL[@]}"
     part table1 35 "$PYTHON" -m bench.table1 --save --seconds 1 "${OFFICIAL[@]}"
-    part waterfall 80 "$PYTHON" -m bench.step --save --seconds 15 --local 10 "${OFFICIAL[@]}"
-    [ -f bench/memory.py ] && part memory 40 "$PYTHON" -m bench.memory --save
+    part waterfall 60 "$PYTHON" -m bench.step --save --seconds 15 --local 10 "${OFFICIAL[@]}"
+    part memory 30 "$PYTHON" -m bench.memory --save
+    part multicrop 20 "$PYTHON" -m bench.multicrop --save
+    has nvidia && has nvidia.dali && part loader 60 "$PYTHON" -m bench.loader --save --locals 10 --workers 8 --rounds 2 --batch 64
 fi
 rm -f "$OUT"/*/*.csv "$OUT"/*/*.png # made from the JSON files, which suffice
 

@@ -15,7 +15,8 @@ Then the time of our pipeline by stages (`loader_stages`), and the memory that e
 process of its own (`loader_providers.memory`).
 
 Is the loader the bottleneck? Our rates are compared with the images per second that our training step takes,
-measured in the same run with as many local crops (on a CPU while the loader rests), or with --demand.
+measured in the same run with as many local crops while the loader rests, or with --demand. Then the step is
+fed by our loader, and both share the machine: what is reached is told too.
 
 Wall-clock ratios say little while other programs compute (a round is then called contested: more than a tenth
 of a core went elsewhere), because they squeeze processes and threads differently. CPU time per image, of the
@@ -27,6 +28,7 @@ from __future__ import annotations
 import argparse
 import statistics
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -37,11 +39,11 @@ from PIL import Image
 
 from bench import solo_learn
 from bench.harness import Transcript, interleave, save
-from bench.loader_providers import PROVIDERS, Figures, Setting, lacking, measure, peak
+from bench.loader_providers import PROVIDERS, WARM_UP, Figures, Setting, lacking, measure, ours, peak
 from bench.loader_stages import stages, table
 from bench.machine import device
 from bench.official_crops import apply, view_sizes
-from bench.providers import Problem, standard, steps
+from bench.providers import HYPER, EngineStep, Problem, standard, steps
 from fastdino.data.augment import crop_parameters
 
 CONTESTED = 0.1  # cores
@@ -102,7 +104,7 @@ def compare(setting: Setting, args: argparse.Namespace, say: Transcript) -> dict
     say(f"our stages, CPU time, {workers} threads\n{table(by_cpu)}")
     said = "not measured: there is no GPU" if by_gpu is None else "\n" + table(by_gpu)
     say(f"our stages on the GPU: {said}")
-    demand = args.demand or step_demand(local, args, say)
+    demand, fed = (args.demand, None) if args.demand else step_rates(setting, args, say)
     for name in names:
         if name.startswith("fastdino"):
             say(verdict(name, summary[name]["images_per_second"], demand, local))
@@ -111,6 +113,7 @@ def compare(setting: Setting, args: argparse.Namespace, say: Transcript) -> dict
         "local_crops_number": local,
         "workers": workers,
         "demand_images_per_second": demand,
+        "fed_images_per_second": fed,
         "contested_rounds": contested,
         "summary": summary,
         "memory": memory,
@@ -129,16 +132,31 @@ def line(row: Figures, memory: dict[str, int], views: int) -> str:
     return f"{speed} {spread:>12} {row['cpu_speedup']:11.2f}x {memory['host_bytes'] / 1e6:10.0f}{on_gpu}"
 
 
-def step_demand(local: int, args: argparse.Namespace, say: Transcript) -> float:
-    """Images per second that our training step takes, in its best type."""
-    case = Problem(args.step_batch or (64 if device().type == "cuda" else 8), local, args.arch, toy=args.toy)
-    crops = case.crops()
-    (name, ours) = list(standard(None).items())[-1]
-    step = steps(ours.start(case, None), crops, 5 if device().type == "cuda" else 1)
-    times = interleave({name: step}, rounds=3)[name]
-    rate = case.batch * (5 if device().type == "cuda" else 1) / statistics.median(times)
-    say(f"the step alone: {case}, {name}: {rate:.1f} img/s")
-    return rate
+def step_rates(setting: Setting, args: argparse.Namespace, say: Transcript) -> tuple[float, float]:
+    """Images per second that our training step takes, in its best type: alone, of one batch again and again,
+    and fed by our loader."""
+    gpu = device().type == "cuda"
+    batch, number = args.step_batch or (64 if gpu else 8), 5 if gpu else 1
+    case = Problem(batch, setting.local_crops_number, args.arch, toy=args.toy)
+    (name, provider) = list(standard(None).items())[-1]
+    step = provider.start(case, None)
+    assert isinstance(step, EngineStep)
+    times = interleave({name: steps(step, case.crops(), number)}, rounds=3)[name]
+    alone = batch * number / statistics.median(times)
+    say(f"the step alone: {case}, {name}: {alone:.1f} img/s")
+
+    with ours(replace(setting, batch=batch), crops=case.config({}).crops, gpu=gpu) as batches:
+
+        def feed() -> None:
+            for _ in range(number):
+                step.step.enqueue(batches, HYPER)
+                step.step.ring.take()
+
+        # The first ones find batches that were made ahead.
+        times = interleave({name: feed}, rounds=5, warmup=WARM_UP)[name]
+    fed = batch * number / statistics.median(times)
+    say(f"the step fed by fastdino{', GPU' if gpu else ''}: {fed:.1f} img/s, {fed / alone:.0%} of that")
+    return alone, fed
 
 
 def verdict(name: str, images_per_second: float, demand: float, local: int) -> str:

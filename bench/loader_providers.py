@@ -29,7 +29,7 @@ from fastdino.data.decoding import import_dali
 from fastdino.data.loader import MultiCropLoader
 from fastdino.data.manifest import Manifest, build_manifest
 
-WARM_UP = 4  # batches: start-up, and whatever was loaded ahead meanwhile
+WARM_UP = 8  # batches: start-up, whatever was loaded ahead meanwhile, and the first use of all buffers
 
 Figures = dict[str, float]
 Batches = Iterator[object]
@@ -66,10 +66,12 @@ def official(setting: Setting) -> Iterator[Batches]:
 
 
 @contextmanager
-def ours(setting: Setting, *, cache: bool = False, gpu: bool = False) -> Iterator[Batches]:
+def ours(
+    setting: Setting, *, crops: CropConfig | None = None, cache: bool = False, gpu: bool = False
+) -> Iterator[MultiCropLoader]:
     with MultiCropLoader(
         setting.manifest,
-        setting.crops,
+        crops or setting.crops,
         seed=0,
         global_batch=setting.batch,
         micro_batch=setting.batch,

@@ -44,7 +44,7 @@ class Replacements:
         self.reasons: dict[int, str] = {}
         """Every sample known to be unusable, with the reason."""
         self._manifest = manifest
-        self._listing = listing
+        self._listing = None if listing is None else Listing(listing)
         self._limit = max(len(manifest) // 10, 10)
 
     def resolve(self, ids: np.ndarray) -> np.ndarray:
@@ -78,29 +78,42 @@ class Replacements:
     def _note(self, sample: int, reason: str) -> None:
         self.reasons[sample] = reason
         if self._listing is not None:
-            _add_line(self._listing, line(self._manifest.paths[sample], reason))
+            self._listing.add(line(self._manifest.paths[sample], reason))
         if len(self.reasons) > self._limit:
             raise self._too_many()
 
     def _too_many(self) -> TooManyUnreadable:
         paths, found = self._manifest.paths, list(self.reasons.items())
         first = "".join(f"\n  {line(paths[sample], reason)}" for sample, reason in found[:20])
-        listed = "" if self._listing is None else f" (all listed in {printable(str(self._listing))})"
+        listed = "" if self._listing is None else f" (all listed in {printable(str(self._listing.file))})"
         return TooManyUnreadable(
             f"--data_path: {len(found)} of {len(paths)} images cannot be read, too many to replace"
             f"{listed}:{first}" + ("\n  ..." if len(found) > 20 else "")
         )
 
 
-def _add_line(file: Path, text: str) -> None:
-    """Append a line unless it is there; several processes may do so at once."""
-    try:
-        known = file.read_text("utf-8").splitlines() if file.exists() else []
-        if text not in known:
-            with open(file, "a", encoding="utf-8") as out:
-                out.write(text + "\n")
-    except OSError as error:
-        log.warning("cannot write %s: %s", printable(str(file)), error.strerror)
+class Listing:
+    """A file of lines that several processes add to, each line once."""
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+        self._known: set[bytes] = set()
+        self._read = 0  # bytes of the file that are known
+
+    def add(self, text: str) -> None:
+        """Append a line unless it is there. Reads only what was added since: when a disk goes, there are
+        many."""
+        line = text.encode() + b"\n"
+        try:
+            with open(self.file, "a+b") as file:
+                file.seek(self._read)
+                added = file.read()
+                self._read += len(added)
+                self._known.update(added.splitlines(keepends=True))
+                if line not in self._known:
+                    file.write(line)
+        except OSError as error:
+            log.warning("cannot write %s: %s", printable(str(self.file)), error.strerror)
 
 
 class ReadAhead:

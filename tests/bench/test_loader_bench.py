@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -14,10 +15,12 @@ from PIL import Image
 
 from bench import loader, loader_dali, loader_providers, solo_learn
 from bench.harness import Transcript
-from bench.loader import compare, step_demand, verdict
+from bench.loader import compare, step_rates, verdict
 from bench.loader_providers import PROVIDERS, Setting, lacking, measure, memory
 from bench.loader_stages import STAGES, stages, table
-from fastdino.data.loader import Crops
+from bench.providers import EngineStep
+from fastdino.data.loader import Crops, MultiCropLoader
+from fastdino.engine.step import TrainStep
 
 pytest.importorskip("nvidia.dali")
 NAMES = ["official", "fastdino", "fastdino, decoded once", "DALI's own *", "DALI's own, stacked *"]
@@ -152,9 +155,27 @@ def test_verdict() -> None:
 
 
 @pytest.mark.parametrize("batch", [2, 3])
-def test_demand_is_that_of_our_step(batch: int) -> None:
+def test_the_step_alone_and_fed_by_our_loader(
+    setting: Setting, batch: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    taken: list[int] = []
+    real = EngineStep.__init__
+
+    def started(self: EngineStep, step: TrainStep) -> None:
+        real(self, step)
+        enqueue = step.enqueue
+
+        def record(batches: Iterator[Crops], *options: object) -> None:
+            taken.append(isinstance(batches, MultiCropLoader))
+            enqueue(batches, *options)  # type: ignore[arg-type]
+
+        monkeypatch.setattr(step, "enqueue", record)
+
+    monkeypatch.setattr(EngineStep, "__init__", started)
     say = Transcript()
     args = argparse.Namespace(step_batch=batch, arch="vit_small", toy=True)
-    assert step_demand(2, args, say) > 0
-    (line,) = say.lines
-    assert f"batch {batch}" in line and "fastdino" in line
+    assert min(step_rates(setting, args, say)) > 0
+    alone, fed = say.lines
+    assert f"batch {batch}" in alone and "fastdino" in alone
+    assert fed.startswith("the step fed by fastdino") and fed.endswith("% of that")
+    assert set(taken[:3]) == {False} and set(taken[-5:]) == {True}
