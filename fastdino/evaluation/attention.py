@@ -46,7 +46,8 @@ def attention_maps(backbone: VisionTransformer, images: Tensor) -> Tensor:
 def attention_rows(backbone: VisionTransformer, images: Tensor, tokens: Sequence[int]) -> Tensor:
     """Attention of some tokens over the patches in the last block: float32 [B, heads, len(tokens), h, w].
 
-    Token 0 is [CLS], token 1 + i is patch i in reading order. ``images`` as in :func:`attention_maps`.
+    Token 0 is [CLS], token 1 + i is patch i in reading order. ``images`` as in :func:`attention_maps`. Raises
+    ValueError if the attention is not finite.
     """
     patch = backbone.patch_size
     batch, _, height, width = images.shape
@@ -57,6 +58,8 @@ def attention_rows(backbone: VisionTransformer, images: Tensor, tokens: Sequence
     with evaluating(backbone):
         attention = backbone.get_last_selfattention(images)  # [B, heads, 1 + h*w, 1 + h*w]
         rows = attention[:, :, list(tokens), 1:].float()
+        if not torch.isfinite(rows).all():
+            raise ValueError("the attention of the network's last block is not finite")
         return rows.reshape(batch, -1, len(tokens), height // patch, width // patch).clone()
 
 

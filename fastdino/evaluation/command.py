@@ -252,6 +252,28 @@ def network_name(network: nn.Module) -> str:
     return f"{name}/{patch}" if patch else name
 
 
+def extract(
+    flags: argparse.Namespace, network: nn.Module, paths: Sequence[str], text: str, **more: Any
+) -> torch.Tensor:
+    """Features [len(paths), D] as the flags of `loading_arguments` and --image_size say, under a bar that
+    shows ``text``; ``more`` goes to `extract_features`.
+    """
+    from fastdino.evaluation.features import extract_features
+
+    with progress(text) as bar:
+        return extract_features(
+            network,
+            paths,
+            image_size=flags.image_size,
+            device=device(flags),
+            batch_size=flags.batch_size_per_gpu,
+            num_threads=flags.num_workers,
+            dtype=precision(flags),
+            progress=bar,
+            **more,
+        )
+
+
 def spread(items: Sequence[T], count: int) -> list[T]:
     """``count`` of the items at equal distances, or all of fewer."""
     count = min(count, len(items))

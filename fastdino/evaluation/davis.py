@@ -176,6 +176,8 @@ def load_frame(path: Path, how: Propagation, size: tuple[int, int]) -> Tensor:
 def patch_features(backbone: VisionTransformer, frames: Tensor) -> Tensor:
     """Frames [B, 3, H, W] -> last block's patch tokens after the final norm, of length one: [B, h, w, D]."""
     tokens = backbone.get_intermediate_layers(frames, 1)[0][:, 1:].float()
+    if not torch.isfinite(tokens).all():
+        raise ValueError("the patch features of the network are not finite")
     h, w = frames.shape[2] // backbone.patch_size, frames.shape[3] // backbone.patch_size
     return nn.functional.normalize(tokens, dim=2).view(len(frames), h, w, -1)
 

@@ -6,6 +6,7 @@ their surroundings; among the patches of objects a second PCA shows their parts.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -94,6 +95,8 @@ def patch_pictures(
         with evaluating(backbone):
             batch = normalize(pixels[None].to(device))
             last = backbone.get_intermediate_layers(batch, 1)[0][0, 1:]  # [h*w, D]
+        if not torch.isfinite(last).all():
+            raise ValueError(f"the patch features of {os.fspath(path)} are not finite")
         images.append(pixels.numpy())
         tokens.append(last.float().cpu().numpy())
         grids.append((pixels.shape[0] // patch, pixels.shape[1] // patch))

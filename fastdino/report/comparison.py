@@ -131,7 +131,7 @@ def _protocol(key: str) -> str:
 def _facts(networks: Sequence[Network]) -> list[str]:
     facts = []
     for network in networks:
-        shape = next((r["network"] for r in network.results.values() if r.get("network")), {})
+        shape: dict[str, Any] = next((r["network"] for r in network.results.values() if r.get("network")), {})
         if shape:
             size = f"{shape['name']}, {shape['parameters'] / 1e6:.1f} M parameters"
             facts.append(size if len(networks) == 1 else f"{network.name}: {size}")

@@ -1,4 +1,4 @@
-"""Networks without a [CLS] token: every protocol works on them, or says what it lacks."""
+"""Networks without a [CLS] token, and broken ones: every protocol works on them, or says what it lacks."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from fastdino.evaluation import evaluate
-from fastdino.models import ResNet, SwinTransformer
+from fastdino.models import ResNet, SwinTransformer, VisionTransformer
 from tests.evaluation.test_copy_detection import copies  # noqa: F401
 from tests.evaluation.test_davis import videos  # noqa: F401
 from tests.evaluation.test_retrieval import landmarks  # noqa: F401
@@ -73,3 +73,20 @@ def test_what_needs_patch_tokens_says_so(network, shades, copies, videos, tmp_pa
     ):
         with pytest.raises(ValueError, match="expected a vision transformer, whose .*, got (res|sw)"):
             evaluate(protocol, network, device="cpu", **flags)
+
+
+@pytest.mark.parametrize("protocol", ["attention", "jaccard", "pca", "davis"])
+def test_what_is_not_finite_is_refused(protocol, shades, videos, tmp_path):  # noqa: F811
+    network = VisionTransformer(img_size=32, patch_size=8, embed_dim=64, depth=2, num_heads=1)
+    network.blocks[1].attn.qkv.weight.data[0] = torch.nan
+    masks = tmp_path / "masks"
+    masks.mkdir()
+    Image.fromarray(np.full((36, 40), 1, np.uint8)).save(masks / "0.png")
+    flags = {
+        "attention": {"data_path": shades / "val" / "grey", "image_size": 32},
+        "jaccard": {"data_path": shades / "val" / "grey", "mask_path": masks, "image_size": 32},
+        "pca": {"data_path": shades / "val" / "grey", "image_size": 32},
+        "davis": {"data_path": videos, "short_side": 64},
+    }[protocol]
+    with pytest.raises(ValueError, match="not finite"):
+        evaluate(protocol, network, device="cpu", output_dir=tmp_path / "out", **flags)

@@ -14,6 +14,7 @@ from PIL import Image
 from torch import nn
 
 from fastdino.engine.parallel import World
+from fastdino.evaluation import linear
 from fastdino.evaluation.__main__ import main
 from fastdino.evaluation.linear import (
     Batch,
@@ -326,6 +327,23 @@ def test_command_trains_resumes_and_evaluates(dataset, capsys):
     wide = line(dataset, "linear", "--n_last_blocks", "1", "--evaluate", "--output_dir", str(out))
     assert main(wide) == 2
     assert "64 features" in capsys.readouterr().err
+
+
+def test_a_killed_run_goes_on_with_its_features(dataset, monkeypatch):
+    def killed(*_, **__):
+        raise KeyboardInterrupt
+
+    words = ["--features", "cached", "--epochs", "2", "--batch_size_per_gpu", "4"]
+    words += ["--output_dir", str(dataset / "out")]
+    joined, pooled = ["--n_last_blocks", "2"], ["--n_last_blocks", "1", "--avgpool_patchtokens", "true"]
+    with monkeypatch.context() as patch:
+        patch.setattr(linear, "train_linear", killed)
+        with pytest.raises(KeyboardInterrupt):
+            main(line(dataset, "linear", *words, *joined))
+    next((dataset / "train").rglob("*.png")).write_bytes(b"damaged")
+    assert main(line(dataset, "linear", *words, *pooled)) == 2  # features as wide, but others
+    assert main(line(dataset, "linear", *words, *joined)) == 0  # no image is read
+    assert sorted(path.name for path in (dataset / "out").iterdir()) == ["linear", "linear.json"]
 
 
 @pytest.mark.parametrize("views", ["0", "2"])

@@ -102,6 +102,24 @@ def test_command(dataset, capsys):  # noqa: F811
     assert "NOT CONVERGED" not in shown
     record = json.loads((out / "logistic.json").read_text())
     assert record["figures"] == {"top1": 100.0, "top5": 100.0} and record["details"]["gap"] <= 1e-6
+    assert [path.name for path in out.iterdir()] == ["logistic.json"]
+
+
+def test_a_killed_run_goes_on_with_its_features(dataset, capsys, monkeypatch):  # noqa: F811
+    def killed(*_, **__):
+        raise KeyboardInterrupt
+
+    words = line(dataset, "logistic", "--output_dir", str(dataset / "out"), "--batch_size_per_gpu", "4")
+    with monkeypatch.context() as patch:
+        patch.setattr(logistic, "logistic_regression", killed)
+        with pytest.raises(KeyboardInterrupt):
+            main(words)
+    next((dataset / "train").rglob("*.png")).write_bytes(b"damaged")
+    assert main(words) == 0  # no image is read
+    assert main(words) == 2  # nothing was left of the finished run
+
+
+def test_command_that_does_not_converge(dataset, capsys):  # noqa: F811
     assert main(line(dataset, "logistic", "--max_iterations", "1", "--undivided")) == 0
     assert "NOT CONVERGED" in capsys.readouterr().out
 

@@ -215,3 +215,10 @@ def test_names_of_images_stay_below_the_output(tmp_path):
     for path in (f"{tmp_path}/x.tar/../../b.jpg", "/elsewhere/b.jpg", "../b.jpg"):
         name = name_below(tmp_path, path)
         assert not name.is_absolute() and ".." not in name.parts and name.name == "b.jpg"
+
+
+def test_what_is_not_shared_is_done_once(dataset, monkeypatch, capsys):
+    monkeypatch.setenv("RANK", "1")
+    for protocol in ("attention", "jaccard", "pca"):
+        assert main([protocol, *SMALL, "--data_path", "/nowhere"]) == 0
+    assert main(["knn", *SMALL, "--data_path", "/nowhere"]) == 2  # shared: every process works on it

@@ -82,3 +82,9 @@ def test_command(tmp_path, capsys):
     assert main([*line, "--max_images", "4", "--seed", "3", "--queries", "7"]) == 0
     assert "light/3.png" in capsys.readouterr().out
     assert main([*line, "--queries", "nowhere.png"]) == 2
+    Image.new("RGB", (24, 24)).save(tmp_path / "alone.png")
+    (tmp_path / "list.txt").write_text("alone.png\n")
+    line[line.index("--data_path") + 1] = str(tmp_path / "list.txt")
+    capsys.readouterr()
+    assert main(line) == 2
+    assert "--data_path: expected at least 2 images, got 1" in capsys.readouterr().err

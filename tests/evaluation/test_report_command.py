@@ -33,15 +33,8 @@ def data(tmp_path):
 @pytest.fixture
 def line(data):
     words = ["report", "--weights", str(data / "net.pth"), "--patch_size", "8", "--device", "cpu"]
-    return [
-        *words,
-        "--data_path",
-        str(data / "data"),
-        "--image_size",
-        "32",
-        "--output_dir",
-        str(data / "out"),
-    ]
+    words += ["--data_path", str(data / "data"), "--image_size", "32"]
+    return [*words, "--output_dir", str(data / "out")]
 
 
 def ran(capsys):

@@ -12,11 +12,20 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastdino.config import SWINS, config_from_dict, validate
+from fastdino.config import (
+    RESNETS,
+    SWINS,
+    Config,
+    config_from_dict,
+    config_to_dict,
+    validate,
+    with_flags,
+)
 from fastdino.engine import checkpoint
 from fastdino.engine.build import build
 from fastdino.interop.files import WeightsError, read_pickle
 from fastdino.interop.official import (
+    _flags,
     export_checkpoint,
     import_checkpoint,
     main,
@@ -181,8 +190,6 @@ def test_regions_begin_with_a_fresh_head_and_without_optimizer_state(tmp_path, n
 def test_a_large_swin_has_the_depth_of_its_file() -> None:
     contents = training_file(arch="swin_small")
     state = {k.removeprefix("module."): v for k, v in contents["student"].items()}
-    from fastdino.interop.official import _flags
-
     state = {f"backbone.{k}": v for k, v in state.items()}
     assert _flags(vars(contents["args"]), state)["drop_path_rate"] == 0.2
 
@@ -197,6 +204,38 @@ def test_a_resnet_is_wrapped_twice(tmp_path) -> None:
     found = read_official(tmp_path / "a.pth")
     assert found.student is not None
     assert found.student.keys() == (prefixed("backbone.", resnet()) | names).keys()
+
+
+@pytest.mark.parametrize(
+    ("arch", "first", "wrapped"),
+    [
+        ("resnet50", "module.backbone.backbone.conv1.weight", True),
+        ("vit_tiny", "module.cls_token", False),
+        ("swin_tiny_w7", "module.patch_embed.proj.weight", False),
+    ],
+)
+def test_our_runs_there_and_back(tmp_path, monkeypatch, arch, first, wrapped) -> None:
+    monkeypatch.setitem(RESNETS, "resnet50", 4)
+    small = {"embed_dim": 16, "depth": 1, "num_heads": 1} if arch == "vit_tiny" else {}
+    sizes = {"out_dim": K, "head_hidden_dim": HIDDEN, "bottleneck_dim": BOTTLENECK, "batch_size_per_gpu": 2}
+    config = with_flags(Config(), {"method": "esvit", "arch": arch, "device": "cpu", **small, **sizes})
+    state = {name: value.clone() for name, value in build(config).state().items()}
+    meta = {
+        "config": config_to_dict(config),
+        "identity": {"global batch": 64},
+        "epoch": 1,
+        "step": 10,
+        "steps_per_epoch": 10,
+        "scaler": None,
+    }
+    checkpoint.save(tmp_path / "run" / "checkpoints", 10, state, {}, meta)
+    export_checkpoint(tmp_path / "run", tmp_path / "a.pth")
+    contents = read_pickle(tmp_path / "a.pth")
+    assert next(iter(contents["student"])) == first
+    assert all(name.startswith("module.") == wrapped for name in contents["teacher"])
+    back, _, meta = to_native(read_official(tmp_path / "a.pth"))
+    assert back.keys() == state.keys() and all(torch.equal(back[k], state[k]) for k in state)
+    assert config_from_dict(meta["config"]) == config
 
 
 @pytest.mark.parametrize(

@@ -37,6 +37,7 @@ SWITCHES: dict[str, dict[str, Any]] = {
     "prev_iter": {"teacher": "prev_iter"},
     "prev_epoch": {"teacher": "prev_epoch"},
     "copy-sinkhorn": {"teacher": "copy", "teacher_op": "sinkhorn"},
+    "esvit": {"method": "esvit"},
 }
 
 

@@ -14,8 +14,18 @@ import torch.multiprocessing as mp
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastdino.config import RESNETS, SWINS, Config, ConfigError, config_from_flags, validate, with_flags
+from fastdino.config import (
+    RESNETS,
+    SWINS,
+    Config,
+    ConfigError,
+    config_from_flags,
+    layered,
+    validate,
+    with_flags,
+)
 from fastdino.data.loader import Crops
+from fastdino.dryrun import estimate
 from fastdino.engine import checkpoint
 from fastdino.engine.build import build
 from fastdino.engine.parallel import World
@@ -27,6 +37,8 @@ from fastdino.interop.official import export_checkpoint, import_checkpoint
 from fastdino.interop.weights import load_backbone
 from fastdino.methods import DINO, EsViT, build_method
 from fastdino.models import SwinTransformer, VisionTransformer
+from fastdino.presets import PRESETS
+from fastdino.switches import matches_regions
 from tests.engine.test_parallel import part
 from tests.engine.test_step import B
 from tests.methods.oracles import gradients, perturb
@@ -262,6 +274,43 @@ def test_tokens_of_a_vit_are_its_regions():
 def test_switches_that_it_does_not_have_are_refused(flags, message):
     with pytest.raises(ConfigError, match=message):
         configured(**flags)
+
+
+@pytest.mark.parametrize("norm_last_layer", [True, False])
+@pytest.mark.parametrize("arch", ["vit_tiny", "swin_tiny_w7"])
+def test_the_dry_run_counts_both_heads(arch, norm_last_layer):
+    config = configured(arch, norm_last_layer=norm_last_layer)
+    student, found = EsViT(config).student, estimate(config, None)
+    heads = [*student.head.parameters(), *student.head_dense.parameters()]
+    assert found.head_parameters == sum(p.numel() for p in heads)
+    trained = sum(p.numel() for p in heads if p.requires_grad)
+    assert found.trainable_parameters - found.backbone_parameters == trained
+    view = estimate(configured(arch, use_dense_prediction=False), None)
+    products = 16 * student.backbone.embed_dim + 16 * 16 + 16 * 8 + 8 * K
+    regions = {"vit_tiny": (64, 16), "swin_tiny_w7": (4, 1)}[arch]
+    rows = 2 * 4 * regions[0] + 2 * 3 * regions[1]  # student three times a forward pass, teacher once
+    assert found.flops_per_image - view.flops_per_image == pytest.approx(2.0 * products * rows)
+    assert found.loss_bytes > view.loss_bytes and found.state_bytes > view.state_bytes
+
+
+def test_presets_are_the_rows_of_the_table():
+    names = [f"esvit-swin-{size}-w{window}" for size in "tsb" for window in (7, 14)]
+    assert {name for name in PRESETS if name.startswith("esvit")} == {*names, *(f"{n}-view" for n in names)}
+    for name in names:
+        dense, view = layered(name, None), layered(f"{name}-view", None)
+        size, window = name[11], name.partition("-w")[2]
+        assert dense.model.arch == f"swin_{dict(t='tiny', s='small', b='base')[size]}_w{window}"
+        assert dense.model.drop_path_rate == (0.1 if size == "t" else 0.2)
+        assert matches_regions(dense) and not matches_regions(view) and not view.model.norm_last_layer
+        assert dense.model.norm_last_layer == (name == "esvit-swin-b-w14")
+        optim, loss, crops = dense.optim, dense.loss, dense.crops
+        assert optim.lr * optim.batch_size / 256 == 1e-3 and (optim.epochs, optim.clip_grad) == (300, 3.0)
+        assert (loss.warmup_teacher_temp, loss.teacher_temp, loss.warmup_teacher_temp_epochs) == (
+            0.04,
+            0.07,
+            30,
+        )
+        assert (crops.local_crops_number, crops.global_crops_scale) == (8, (0.4, 1.0))
 
 
 def together(rank: int, size: int, folder: str) -> None:

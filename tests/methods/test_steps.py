@@ -142,7 +142,7 @@ def test_two_processes_share_queues_statistics_and_targets(tmp_path: Path):
 SMALLEST = {"depth": 1, "embed_dim": 8, "num_heads": 1, "head_hidden_dim": 8, "out_dim": 16}
 
 
-@pytest.mark.parametrize("name", ["mocov2", "swav-queue", "sinkhorn", "mse"])
+@pytest.mark.parametrize("name", ["mocov2", "swav-queue", "sinkhorn", "mse", "esvit"])
 def test_no_step_waits_for_the_device(name, triton_device, monkeypatch):
     config = configured(**ALL[name] | SMALLEST | ({"teacher": "prev_iter"} if name == "mse" else {}))
     torch.manual_seed(0)

@@ -109,7 +109,7 @@ def _extract(flags: argparse.Namespace, world: World) -> tuple[Tensor, Tensor, T
     """This process's part of the bank, all held-out features, the labels of the whole bank and of these."""
     import torch
 
-    from fastdino.evaluation.features import extract_features, share
+    from fastdino.evaluation.features import share
     from fastdino.evaluation.knn import matching_labels
     from fastdino.evaluation.subsets import subset
     from fastdino.evaluation.training import splits
@@ -122,20 +122,9 @@ def _extract(flags: argparse.Namespace, world: World) -> tuple[Tensor, Tensor, T
     dump = Path(flags.dump_features) if flags.dump_features else None
 
     def extract(manifest: Manifest, paths: Sequence[str], name: str, world: World | None) -> Tensor:
-        with command.progress(f"features of {manifest.root}") as progress:
-            return extract_features(
-                backbone,
-                paths,
-                image_size=flags.image_size,
-                device=command.device(flags),
-                batch_size=flags.batch_size_per_gpu,
-                num_threads=flags.num_workers,
-                dtype=command.precision(flags),
-                progress=progress if world is None or world.main else None,
-                normalized=True,  # as the official code saves them
-                file=dump and dump / f"{name}.pth",
-                world=world,
-            )
+        file, text = dump and dump / f"{name}.pth", f"features of {manifest.root}"
+        # divided by their lengths, as the official code saves them
+        return command.extract(flags, backbone, paths, text, normalized=True, file=file, world=world)
 
     own = share(len(train), flags.batch_size_per_gpu, world)
     queries = extract(test, test.paths, "testfeat", world)

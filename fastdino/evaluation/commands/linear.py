@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +18,9 @@ if TYPE_CHECKING:
     from fastdino.evaluation.linear import ProbeFeatures, Source, Trained
 
 HELP = "Train a linear classifier on frozen features of train/ and evaluate it on val/."
+
+_KEPT = "linear_features"
+"""Folder of the features that a killed run goes on with."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -73,7 +77,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="layer for --evaluate: an official file, or a folder of this command (default: --output_dir)",
     )
     command.loading_arguments(parser)
-    command.output_argument(parser, keeps="the features and an epoch's state, so that a killed run goes on")
+    command.output_argument(parser, keeps="features and state until the end, so that a killed run goes on")
 
 
 def run(flags: argparse.Namespace) -> Result:
@@ -121,7 +125,7 @@ def _train(flags: argparse.Namespace, network: ProbeFeatures, settings: dict[str
     settings |= {"lr": flags.lr, "epochs": flags.epochs, "batch_size": batch, "num_labels": classes}
     settings |= {"features": flags.features, "cached_views": flags.cached_views, "seed": flags.seed}
     settings |= {"precision": command.precision_name(flags)}
-    held_out = _features(flags, network, test, "held_out", world)
+    held_out = _features(flags, network, test, world, "held_out")
     kept_with = {**settings, "images": len(train), "held_out": len(test)}
     kept_with |= {"weights": digest_of_weights(network)}
     with command.progress("linear") as progress:
@@ -141,6 +145,8 @@ def _train(flags: argparse.Namespace, network: ProbeFeatures, settings: dict[str
             on_step=progress,
             on_epoch=_say if world.main else None,
         )
+    if flags.output_dir and world.main:
+        shutil.rmtree(Path(flags.output_dir, _KEPT))
     lines = [f"{len(train)} training images, {len(test)} held-out images, {classes} classes"]
     return _result(trained, flags.lr, lines, settings)
 
@@ -189,7 +195,7 @@ def _evaluate(flags: argparse.Namespace, network: ProbeFeatures, settings: dict[
         raise ValueError(f"--linear_weights: {path} knows {len(weight)} classes, {test.root} has {classes}")
     world = command.world(flags)
     enough_images(world, test)
-    features = _features(flags, network, test, "held_out", world)
+    features = _features(flags, network, test, world)
     if features.shape[1] != weight.shape[1]:
         raise ValueError(
             f"--linear_weights: {path} takes {weight.shape[1]} features, the network gives "
@@ -247,30 +253,17 @@ def _source(
         with command.progress(f"features of {train.root}") as progress:
             features = live.views(flags.cached_views, progress)
     else:
-        features = _features(flags, network, train, "train", world)[None]
+        features = _features(flags, network, train, world, "train")[None]
     return Cached(features, labels[mine], world, batch, len(train), flags.seed)
 
 
 def _features(
-    flags: argparse.Namespace, network: ProbeFeatures, images: Manifest, name: str, world: World
+    flags: argparse.Namespace, network: ProbeFeatures, images: Manifest, world: World, name: str = ""
 ) -> torch.Tensor:
-    """Features of this process's share of the images, kept under ``name`` where there is an output folder."""
-    from fastdino.evaluation.features import extract_features
-
+    """Features of this process's share of the images, with a ``name`` kept in the output folder."""
     paths = images.paths[world.rank :: world.size]
     file = None
-    if flags.output_dir:
+    if flags.output_dir and name:
         kind = f"{network.n}{'-avgpool' if network.avgpool else ''}"
-        file = Path(flags.output_dir, "features", f"linear-{name}-{kind}-{world.rank}-of-{world.size}.pth")
-    with command.progress(f"features of {images.root}") as progress:
-        return extract_features(
-            network,
-            paths,
-            image_size=flags.image_size,
-            device=command.device(flags),
-            batch_size=flags.batch_size_per_gpu,
-            num_threads=flags.num_workers,
-            dtype=command.precision(flags),
-            progress=progress,
-            file=file,
-        )
+        file = Path(flags.output_dir, _KEPT, f"{name}-{kind}-{world.rank}-of-{world.size}.pth")
+    return command.extract(flags, network, paths, f"features of {images.root}", file=file)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -52,12 +53,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="side of the center crop in pixels (default: 224)",
     )
     command.loading_arguments(parser)
-    command.output_argument(parser, keeps="the features, so that a run that was killed goes on")
+    command.output_argument(parser, keeps="the features until the end, so that a killed run goes on")
 
 
 def run(flags: argparse.Namespace) -> Result:
     from fastdino.engine import parallel
-    from fastdino.evaluation.features import extract_features
     from fastdino.evaluation.knn import matching_labels
     from fastdino.evaluation.training import splits
 
@@ -72,26 +72,17 @@ def run(flags: argparse.Namespace) -> Result:
     train_labels, labels = matching_labels(train, test)
     backbone, world = command.backbone(flags), command.world(flags)
     features = []
-    kept = Path(flags.output_dir, "features") if flags.output_dir else None
+    kept = Path(flags.output_dir, "logistic_features") if flags.output_dir else None
     for name, manifest in (("train", train), ("held_out", test)):
-        with command.progress(f"features of {manifest.root}") as progress:
-            features.append(
-                extract_features(
-                    backbone,
-                    manifest.paths,
-                    image_size=flags.image_size,
-                    device=world.device,
-                    batch_size=flags.batch_size_per_gpu,
-                    num_threads=flags.num_workers,
-                    dtype=command.precision(flags),
-                    progress=progress,
-                    file=kept and kept / f"logistic-{name}.pth",
-                    world=world,
-                )
-            )
+        file = kept and kept / f"{name}.pth"
+        text = f"features of {manifest.root}"
+        features.append(command.extract(flags, backbone, manifest.paths, text, file=file, world=world))
     try:
         if world.main:
-            return _fit(flags, features[0], train_labels, features[1], labels)
+            result = _fit(flags, features[0], train_labels, features[1], labels)
+            if kept:
+                shutil.rmtree(kept)
+            return result
     finally:
         parallel.after_main()
     return Result({}, [])

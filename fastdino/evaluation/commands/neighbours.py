@@ -47,7 +47,6 @@ def run(flags: argparse.Namespace) -> Result:
 
     from fastdino.data.manifest import build_manifest, printable
     from fastdino.evaluation import sheets
-    from fastdino.evaluation.features import extract_features
     from fastdino.evaluation.neighbours import choose_queries, nearest, sheet
 
     paths: list[str] = []
@@ -57,6 +56,8 @@ def run(flags: argparse.Namespace) -> Result:
         paths += manifest.paths
         if manifest.labels is not None:
             classes += [manifest.class_names[label] for label in manifest.labels]
+    if len(paths) < 2:
+        raise ValueError(f"--data_path: expected at least 2 images, got {len(paths)}")
     queries = choose_queries(flags.queries, paths, flags.num_queries, flags.seed)
     named = classes if len(classes) == len(paths) else None
     if flags.max_images and flags.max_images < len(paths):
@@ -66,21 +67,10 @@ def run(flags: argparse.Namespace) -> Result:
         paths = [paths[i] for i in kept]
         named = None if named is None else [named[i] for i in kept]
     world, backbone = command.world(flags), command.backbone(flags)
-    with command.progress("features") as progress:
-        features = extract_features(
-            backbone,
-            paths,
-            image_size=flags.image_size,
-            device=world.device,
-            batch_size=flags.batch_size_per_gpu,
-            num_threads=flags.num_workers,
-            dtype=command.precision(flags),
-            progress=progress,
-            world=world,
-        )
+    features = command.extract(flags, backbone, paths, "features", world=world)
     if not world.main:
         return Result({}, [])
-    k = max(1, min(flags.k, len(paths) - 1))
+    k = min(flags.k, len(paths) - 1)
     found = nearest(features, queries, k)
     picture = sheet(paths, named, queries, found, image_size=flags.image_size)
     path = sheets.save(picture, Path(flags.output_dir) / "neighbours.png")

@@ -47,7 +47,7 @@ def run(flags: argparse.Namespace) -> Result:
 
     from fastdino.data.manifest import build_manifest, printable
     from fastdino.evaluation import sheets
-    from fastdino.evaluation.features import center_crop, extract_features, read_image
+    from fastdino.evaluation.features import center_crop, read_image
     from fastdino.evaluation.plan import held_out_folder
     from fastdino.evaluation.tsne import (
         capped_learning_rate,
@@ -66,18 +66,7 @@ def run(flags: argparse.Namespace) -> Result:
     perplexity = capped_perplexity(flags.perplexity, present)
     learning_rate = capped_learning_rate(flags.learning_rate, present)
     world, backbone = command.world(flags), command.backbone(flags)
-    with command.progress("features") as progress:
-        features = extract_features(
-            backbone,
-            manifest.paths,
-            image_size=flags.image_size,
-            device=world.device,
-            batch_size=flags.batch_size_per_gpu,
-            num_threads=flags.num_workers,
-            dtype=command.precision(flags),
-            progress=progress,
-            world=world,
-        )
+    features = command.extract(flags, backbone, manifest.paths, "features", world=world)
     if not world.main:
         return Result({}, [])
     means, classes = class_means(features.numpy(), manifest.labels)
