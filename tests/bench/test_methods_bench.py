@@ -15,4 +15,4 @@ def test_all_rows_at_toy_size(monkeypatch, capsys):
     assert list(rows) == list(methods.ROWS)
     assert rows["dino"][-4:-1] == ["1.00", "1.00", "1.00"]
     # matched regions: every patch goes through a head
-    assert float(rows["esvit"][-3]) > 1.2 > float(rows["mse"][-3])
+    assert float(rows["esvit"][-3]) > 1.1 > float(rows["mse"][-3])
