@@ -5,6 +5,7 @@ and no wait for the device.
 from __future__ import annotations
 
 import contextlib
+import gc
 import itertools
 from pathlib import Path
 from types import SimpleNamespace
@@ -124,6 +125,8 @@ def together(rank: int, size: int, folder: str) -> None:
         results[name] = (losses, None if name in SHARDED else digest(engine.step))
     torch.save(results, f"{folder}/{rank}.pt")
     dist.barrier()
+    del engine, queue  # sharded models hold groups, which are not to outlive the interpreter
+    gc.collect()
     dist.destroy_process_group()
 
 
