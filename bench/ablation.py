@@ -204,15 +204,16 @@ def main() -> None:
         jobs = [(name, seed) for seed in args.seeds for name in rows]
         results: dict[str | None, list[dict[str, float]]] = {name: [] for name in rows}
         with ProcessPoolExecutor(args.jobs, multiprocessing.get_context("spawn")) as pool:
+            # rows of the same flags are one run
+            keys = {name: json.dumps(None if name is None else delta(name), sort_keys=True) for name in rows}
             futures: dict[tuple[str, int], Future[dict[str, float]]] = {}
-            for name, seed in jobs:  # rows of the same flags are one run
-                key = json.dumps(None if name is None else delta(name), sort_keys=True), seed
+            for name, seed in jobs:
+                key = keys[name], seed
                 if key not in futures:
                     out = runs / f"{name or 'untrained'}-{seed}"
                     futures[key] = pool.submit(kept, name, seed, images, args.epochs, out)
             for name, seed in jobs:
-                future = futures[json.dumps(None if name is None else delta(name), sort_keys=True), seed]
-                results[name].append(future.result())
+                results[name].append(futures[keys[name], seed].result())
                 print(f"{name or 'untrained'}, seed {seed}: {results[name][-1]}", flush=True)
     untrained = results.pop(None)
     report(say, {name: found for name, found in results.items() if name}, untrained, args)

@@ -26,10 +26,12 @@ from bench.harness import Transcript, interleave, save, summarise
 from bench.machine import DTYPES, NAMES, device, exact, half, product_rate
 from bench.providers import TOY, machine
 from fastdino.config import Config, ModelConfig, backbone_shape, with_flags
+from fastdino.evaluation.paper import paper_figure
 from fastdino.models import build_backbone
 from fastdino.models.attention import resolve_attention
 
-PAPER = {"resnet50": 1237, "vit_small/16": 1007, "vit_small/8": 180, "vit_base/16": 312, "vit_base/8": 63}
+NETWORKS = ("resnet50", "vit_small/16", "vit_small/8", "vit_base/16", "vit_base/8")
+PAPER = {name: (paper_figure("throughput", "img_s_fp32", name, {}) or ("",))[0] for name in NETWORKS}
 Forward = Callable[[Tensor], Tensor]
 
 

@@ -13,7 +13,6 @@ import logging
 import os
 import zipfile
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,6 +24,7 @@ from fastdino.data.formats.window import Entry, Malformed, Window
 from fastdino.data.manifest import printable
 from fastdino.data.progress import track
 from fastdino.data.samples import Shard
+from fastdino.data.threads import threads
 
 INDEX_NAME = "index.npz"
 THREADS = 8
@@ -105,14 +105,10 @@ def indices(shards: list[Shard], data_path: str, progress: bool) -> list[Index]:
     unknown = [shard for shard in shards if shard not in known]
     if unknown:
         try:
-            with ThreadPoolExecutor(THREADS, thread_name_prefix="index") as pool:
-                try:
-                    indices = track(pool.map(index_shard, unknown), len(unknown), progress, "indexing shards")
-                    for shard, index in zip(unknown, indices, strict=True):
-                        known[shard] = index
-                except BaseException:
-                    pool.shutdown(cancel_futures=True)
-                    raise
+            with threads(THREADS, "index") as pool:
+                indices = track(pool.map(index_shard, unknown), len(unknown), progress, "indexing shards")
+                for shard, index in zip(unknown, indices, strict=True):
+                    known[shard] = index
         finally:  # an interrupted scan goes on where it stopped
             try:
                 save({s: known[s] for s in shards if s in known}, cache, _absolute)

@@ -22,7 +22,7 @@ import sys
 import tarfile
 from collections import deque
 from collections.abc import Generator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -33,6 +33,7 @@ from fastdino.data.manifest import Manifest, build_manifest
 from fastdino.data.prescan import decode_bytes, line
 from fastdino.data.progress import track
 from fastdino.data.samples import Shard
+from fastdino.data.threads import threads
 
 STATE, LEFT_OUT = "pack.json", "left_out.txt"
 _KINDS = ((b"\xff\xd8\xff", "jpg"), (b"\x89PNG", "png"), (b"BM", "bmp"), (b"II*\0", "tif"), (b"MM\0*", "tif"))
@@ -162,16 +163,13 @@ def _prepared(
     """The images from number `first` on, in order, prepared by threads a few images ahead."""
     workers = num_workers or len(os.sched_getaffinity(0))
     waiting: deque[Future[Packed]] = deque()
-    with ThreadPoolExecutor(workers, thread_name_prefix="pack") as pool:
-        try:
-            for sample in range(first, len(manifest)):
-                waiting.append(pool.submit(prepare, manifest.paths[sample], max_side, quality))
-                if len(waiting) > workers * _AHEAD:
-                    yield waiting.popleft().result()
-            while waiting:
+    with threads(workers, "pack") as pool:
+        for sample in range(first, len(manifest)):
+            waiting.append(pool.submit(prepare, manifest.paths[sample], max_side, quality))
+            if len(waiting) > workers * _AHEAD:
                 yield waiting.popleft().result()
-        finally:
-            pool.shutdown(cancel_futures=True)
+        while waiting:
+            yield waiting.popleft().result()
 
 
 def prepare(path: str, max_side: int | None, quality: int) -> Packed:

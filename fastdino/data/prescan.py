@@ -13,7 +13,6 @@ import os
 import threading
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -23,6 +22,7 @@ from fastdino.data.manifest import Manifest, printable
 from fastdino.data.progress import track
 from fastdino.data.remote import is_url
 from fastdino.data.samples import read, stamp
+from fastdino.data.threads import threads
 
 MAX_PIXELS = 178_956_970
 """Largest image accepted, judged by its header (Pillow's limit for decompression bombs, 512 MiB as RGB)."""
@@ -208,12 +208,8 @@ def _map_chunks(function: Callable[[str], T], paths: Sequence[str], num_threads:
     """`function` of every path, computed by threads, in order and in chunks."""
     import_nvimgcodec()  # a missing package is an error here, not in a thread
     chunks = [paths[k : k + _CHUNK] for k in range(0, len(paths), _CHUNK)]
-    with ThreadPoolExecutor(num_threads or os.cpu_count(), thread_name_prefix="prescan") as pool:
-        try:
-            yield from pool.map(lambda chunk: [function(path) for path in chunk], chunks)
-        except BaseException:  # above all Ctrl-C: do not wait for the rest
-            pool.shutdown(cancel_futures=True)
-            raise
+    with threads(num_threads or os.cpu_count() or 1, "prescan") as pool:
+        yield from pool.map(lambda chunk: [function(path) for path in chunk], chunks)
 
 
 def _report(bad: list[tuple[str, str]], total: int, path: Path) -> None:

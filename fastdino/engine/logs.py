@@ -51,10 +51,10 @@ def keep_lines(path: Path, wanted: Callable[[dict[str, Any]], bool]) -> None:
     write_text(path, "".join(lines))
 
 
-def write_text(path: Path, text: str) -> None:
+def write_text(path: Path, text: str, errors: str = "strict") -> None:
     """Replace a file in one step, so that a reader or a crash never sees half of it."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(text, encoding="utf-8")
+    temporary.write_text(text, encoding="utf-8", errors=errors)
     os.replace(temporary, path)
 
 

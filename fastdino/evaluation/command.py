@@ -78,10 +78,10 @@ def written_as(words: list[str]) -> str:
 
 def write_json(path: Path, content: Any) -> None:
     """Write a JSON file, whole or not at all, and the folders above it."""
+    from fastdino.engine.logs import write_text
+
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
+    write_text(path, json.dumps(content, indent=1) + "\n")
 
 
 # ------------------------------------------------------------------------------------------------------ flags
@@ -114,6 +114,16 @@ def backbone_arguments(parser: argparse.ArgumentParser, several: bool = False) -
 def device_argument(parser: Any) -> None:
     parser.add_argument(
         "--device", default="auto", choices=("auto", "cpu", "cuda"), help="default: CUDA where there is"
+    )
+
+
+def cuda_argument(parser: argparse.ArgumentParser, what: str) -> None:
+    """The official --use_cuda: where to do ``what`` is done with the features."""
+    parser.add_argument(
+        "--use_cuda",
+        type=boolean,
+        default=True,
+        help=f"{what} on the GPU where there is one (default: true)",
     )
 
 

@@ -22,6 +22,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from fastdino.engine.logs import write_text
+
 if TYPE_CHECKING:
     from fastdino.engine.parallel import World
 
@@ -96,9 +98,7 @@ class FeatureFile:
         with torch.serialization.skip_data():  # room for the rows, which cost no memory and no time yet
             torch.save(torch.empty(self.rows, self.width), self.part)
         np.zeros(-(-self.rows // self.batch_size), np.uint8).tofile(self.flags)
-        temporary = self.record.with_name(f"{self.record.name}.{os.getpid()}.tmp")
-        temporary.write_text(json.dumps(key, indent=1) + "\n")
-        os.replace(temporary, self.record)
+        write_text(self.record, json.dumps(key, indent=1) + "\n")
 
     def __enter__(self) -> FeatureFile:
         if not self.complete:

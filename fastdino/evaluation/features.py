@@ -14,7 +14,7 @@ import io
 import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import replace
 from itertools import islice
@@ -31,6 +31,7 @@ from torch import Tensor, nn
 
 from fastdino.data import prescan
 from fastdino.data.samples import read
+from fastdino.data.threads import threads
 from fastdino.evaluation.feature_file import FeatureFile, digest_of_paths, digest_of_weights
 
 if TYPE_CHECKING:
@@ -292,20 +293,15 @@ def in_threads(
     """``work`` of all members of each batch, in order, done by threads (0: one per core) that keep two
     batches ahead.
     """
-    with ThreadPoolExecutor(num_threads or available_cores(), thread_name_prefix="decode") as pool:
+    with threads(num_threads or available_cores(), "decode") as pool:
         source = iter(batches)
         pending: deque[list[Future[R]]] = deque()
-        try:
-            while True:
-                for batch in islice(source, 3 - len(pending)):
-                    pending.append([pool.submit(work, item) for item in batch])
-                if not pending:
-                    return
-                yield [future.result() for future in pending.popleft()]
-        finally:
-            for futures in pending:
-                for future in futures:
-                    future.cancel()
+        while True:
+            for batch in islice(source, 3 - len(pending)):
+                pending.append([pool.submit(work, item) for item in batch])
+            if not pending:
+                return
+            yield [future.result() for future in pending.popleft()]
 
 
 def _width(backbone: nn.Module, image_size: int, device: torch.device) -> int:

@@ -12,6 +12,7 @@ from fastdino.methods.method import (
     LossOutput,
     Method,
     embedding_model,
+    follow,
     normalised,
     number_of_pairs,
     predictor,
@@ -60,11 +61,9 @@ class Regression(Method):
         mean = embedded.mean(0)[: self.statistics_size]
         return LossOutput(loss, mean, {"spread": spread(normalised(embedded))})
 
-    @torch.no_grad()
     def update(self, statistics: Tensor, skip: Tensor) -> None:
         if self.statistics_size:
-            moved = self.center.lerp(statistics.to(self.center.dtype), 1.0 - self.center_momentum)
-            self.center.copy_(torch.where(skip, self.center, moved))
+            follow(self.center, statistics, self.center_momentum, skip)
 
 
 class BYOL(Regression):

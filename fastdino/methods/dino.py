@@ -19,6 +19,7 @@ from fastdino.methods.method import (
     cross_entropy_of_pairs,
     embedding_model,
     entropy,
+    follow,
     predictor,
     teacher_of,
     views_of,
@@ -99,12 +100,10 @@ class DINO(Method):
         parts = [sinkhorn_knopp(x, temp=temp, n_iters=self.iterations) for x in logits.chunk(self.parts)]
         return torch.cat(parts)
 
-    @torch.no_grad()
     def update(self, statistics: Tensor, skip: Tensor) -> None:
         """Equation 4: c <- m c + (1 - m) mean of the teacher's logits over the global batch."""
         if self.centers:
-            moved = self.center.lerp(statistics.to(self.center.dtype), 1.0 - self.center_momentum)
-            self.center.copy_(torch.where(skip, self.center, moved))
+            follow(self.center, statistics, self.center_momentum, skip)
 
 
 class RegressionDINO(Regression):

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from fastdino.config import Config, ModelConfig
 from fastdino.methods.dino import DINO
-from fastdino.methods.method import LossOutput, Method, views_of
+from fastdino.methods.method import LossOutput, Method, follow, views_of
 from fastdino.models import Backbone, DINOHead, MultiCropModel, build_backbone, build_head
 from fastdino.switches import matches_regions
 
@@ -130,12 +130,10 @@ class EsViT(Method):
         means = torch.cat([view.batch_center, region.batch_center])
         return LossOutput((view.loss + region.loss) / 2, means, signs)
 
-    @torch.no_grad()
     def update(self, statistics: Tensor, skip: Tensor) -> None:
         """Both centers follow the means of the teacher's logits over the global batch, as DINO's does."""
         for center, mean in zip((self.center, self.center_grid), statistics.chunk(2), strict=True):
-            moved = center.lerp(mean.to(center.dtype), 1.0 - self.center_momentum)
-            center.copy_(torch.where(skip, center, moved))
+            follow(center, mean, self.center_momentum, skip)
 
 
 def esvit(config: Config) -> Method:

@@ -66,6 +66,13 @@ class Method(nn.Module):
         """What changes once per optimizer step besides the weights; nothing if ``skip`` [] bool."""
 
 
+@torch.no_grad()
+def follow(center: Tensor, mean: Tensor, momentum: float, skip: Tensor) -> None:
+    """Equation 4 of DINO, in place: c <- m c + (1 - m) mean; unless ``skip`` [] bool."""
+    moved = center.lerp(mean.to(center.dtype), 1.0 - momentum)
+    center.copy_(torch.where(skip, center, moved))
+
+
 def views_of(global_crops: Tensor, local_crops: Tensor | None) -> list[Tensor]:
     return [global_crops] if local_crops is None else [global_crops, local_crops]
 

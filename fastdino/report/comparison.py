@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -16,9 +15,10 @@ from typing import Any
 
 from markupsafe import Markup
 
+from fastdino.engine.logs import write_text
 from fastdino.evaluation.paper import paper_figure
 from fastdino.report import figures
-from fastdino.report.page import environment, resource
+from fastdino.report.page import page_template, resource
 from fastdino.report.run import duration, number
 
 TITLES = {
@@ -96,9 +96,7 @@ def write_comparison(networks: Sequence[Network], path: Path) -> Path:
     if not networks:
         raise ValueError("networks: expected at least one, got none")
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(render(networks), encoding="utf-8", errors="replace")
-    os.replace(temporary, path)
+    write_text(path, render(networks), errors="replace")
     return path
 
 
@@ -108,18 +106,14 @@ def render(networks: Sequence[Network]) -> str:
     order = list(TITLES)
     names.sort(key=lambda key: (order.index(_protocol(key)) if _protocol(key) in order else len(order), key))
     sections = [_section(key, networks) for key in names]
-    return (
-        environment()
-        .from_string(resource("comparison.html"))
-        .render(
-            css=Markup(resource("page.css") + resource("comparison.css")),
-            title=networks[0].name if len(networks) == 1 else f"{len(networks)} networks",
-            facts=_facts(networks),
-            networks=[network.name for network in networks],
-            sections=sections,
-            headlines=[row for section in sections for row in section["rows"] if row["headline"]],
-            written=time.strftime("%d %B %Y, %H:%M").lstrip("0"),
-        )
+    return page_template("comparison.html").render(
+        css=Markup(resource("page.css") + resource("comparison.css")),
+        title=networks[0].name if len(networks) == 1 else f"{len(networks)} networks",
+        facts=_facts(networks),
+        networks=[network.name for network in networks],
+        sections=sections,
+        headlines=[row for section in sections for row in section["rows"] if row["headline"]],
+        written=time.strftime("%d %B %Y, %H:%M").lstrip("0"),
     )
 
 

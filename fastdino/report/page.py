@@ -15,9 +15,10 @@ from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from jinja2 import Environment, StrictUndefined
+from jinja2 import Environment, StrictUndefined, Template
 from markupsafe import Markup
 
+from fastdino.engine.logs import write_text
 from fastdino.report import figures
 from fastdino.report.figures import Level, Series, line_chart, short
 from fastdino.report.run import (
@@ -79,9 +80,7 @@ def write_report(
         )
     page = render(run, seen)
     path = root / "report.html"
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(page, encoding="utf-8", errors="replace")
-    os.replace(temporary, path)
+    write_text(path, page, errors="replace")
     return path
 
 
@@ -104,7 +103,7 @@ def _side(run: Run, patch: int) -> int:
 def render(run: Run, seen: figures.Strips | None) -> str:
     """The whole page as text; ``seen`` are the pictures of held-out images, if any."""
     scores = read_scores(run)
-    template = environment().from_string(resource("page.html"))
+    template = page_template("page.html")
     return template.render(
         css=Markup(resource("page.css")),
         name=run.root.resolve().name or "run",
@@ -128,6 +127,11 @@ def render(run: Run, seen: figures.Strips | None) -> str:
         problems=run.problems,
         command=f"python -m fastdino.evaluation knn --weights {shlex.quote(str(run.root))} --data_path DIR",
     )
+
+
+def page_template(name: str) -> Template:
+    """A page of this folder, whose head is common to all."""
+    return environment().from_string(resource("head.html") + resource(name))
 
 
 def environment() -> Environment:

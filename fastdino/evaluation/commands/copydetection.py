@@ -53,12 +53,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=320,
         help="side in pixels, images become square (default: 320)",
     )
-    parser.add_argument(
-        "--use_cuda",
-        type=command.boolean,
-        default=True,
-        help="search on the GPU where there is one (default: true)",
-    )
+    command.cuda_argument(parser, "search")
     command.loading_arguments(parser, batch_size=16)
     command.output_argument(parser)
 

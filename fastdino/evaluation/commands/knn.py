@@ -46,12 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="1%%, 10%%, or a file of image names, one per line (SimCLR's lists), to take from train/",
     )
     command.loading_arguments(parser)
-    parser.add_argument(
-        "--use_cuda",
-        type=command.boolean,
-        default=True,
-        help="classify on the GPU where there is one (default: true)",
-    )
+    command.cuda_argument(parser, "classify")
     parser.add_argument(
         "--dump_features",
         metavar="DIR",

@@ -48,12 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=False,
         help="queries are their boxes, as the benchmark asks (default: false, as in the official script)",
     )
-    parser.add_argument(
-        "--use_cuda",
-        type=command.boolean,
-        default=True,
-        help="search on the GPU where there is one (default: true)",
-    )
+    command.cuda_argument(parser, "search")
     command.loading_arguments(parser, batch_size=32)
     command.output_argument(parser)
 
