@@ -13,6 +13,8 @@ import shlex
 import shutil
 import subprocess
 import sys
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from setuptools import Command, Distribution, find_packages, setup
@@ -23,7 +25,8 @@ from setuptools.command.sdist import sdist
 ROOT = Path(__file__).resolve().parent
 LIBRARY = Path("fastdino_kernels", "libfastdino_cpu.so")
 # Errno keeps loops with square roots from being vectorised; psabi notes concern calls that are inlined.
-CXXFLAGS = ["-O3", "-std=c++17", "-fPIC", "-shared", "-pthread", "-fno-math-errno", "-Wno-psabi"]
+CXXFLAGS = ["-O3", "-std=c++17", "-fPIC", "-pthread", "-fno-math-errno", "-Wno-psabi"]
+REPRODUCIBLE = [f"-ffile-prefix-map={ROOT}=."]  # the same bytes in every folder
 
 
 def version() -> str:
@@ -54,7 +57,7 @@ def compile_library(target: Path) -> bool:
     if not wanted():
         return False
     command = compiler()
-    sources = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc").glob("*.cpp"))
+    sources = sorted(path.relative_to(ROOT) for path in (ROOT / "csrc").glob("*.cpp"))
     if not sources:
         problem = "it holds no .cpp file"
     elif command is None:
@@ -64,17 +67,31 @@ def compile_library(target: Path) -> bool:
         target.parent.mkdir(parents=True, exist_ok=True)
         # Compiled beside its place and renamed: a process that has the old library mapped keeps it intact.
         fresh = target.with_name(f"{target.name}.{os.getpid()}.tmp")
-        result = subprocess.run([*command, *CXXFLAGS, *sources, "-o", str(fresh)], cwd=ROOT)
-        if result.returncode == 0:
+        code = compile_sources([*command, *CXXFLAGS, *REPRODUCIBLE], sources, fresh)
+        if code == 0:
             os.replace(fresh, target)
             return True
         fresh.unlink(missing_ok=True)
-        problem = f"{command[0]} failed with exit code {result.returncode}"
+        problem = f"{command[0]} failed with exit code {code}"
     message = f"fastdino_kernels: csrc/ was not compiled: {problem}. "
     if os.environ.get("FASTDINO_BUILD") == "1":
         raise SystemExit(message + "FASTDINO_BUILD=1 asks for it.")
     print(message + "The CPU kernels will use their slower eager fallback.", file=sys.stderr)
     return False
+
+
+def compile_sources(command: list[str], sources: list[Path], target: Path) -> int:
+    """Compiles the sources side by side and links ``target``; the first exit code that is not 0, else 0."""
+    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(os.cpu_count()) as cores:
+        objects = [Path(folder, source.name).with_suffix(".o") for source in sources]
+
+        def compile_one(source: Path, compiled: Path) -> int:
+            return subprocess.run([*command, "-c", str(source), "-o", str(compiled)], cwd=ROOT).returncode
+
+        if code := next(filter(None, cores.map(compile_one, sources, objects)), 0):
+            return code
+        link = [*command, "-shared", *map(str, objects), "-o", str(target)]
+        return subprocess.run(link, cwd=ROOT).returncode
 
 
 class BuildCsrc(Command):
@@ -98,6 +115,10 @@ class BuildPy(build_py):
     """Copies the Python files and compiles the library next to them."""
 
     def run(self) -> None:
+        # What an earlier build left, a removed module or an old library, must not ship.
+        if not self.editable_mode:
+            for package in ("fastdino", "fastdino_kernels"):
+                shutil.rmtree(Path(self.build_lib, package), ignore_errors=True)
         super().run()
         base = ROOT / "kernels" if self.editable_mode else Path(self.build_lib).resolve()
         compile_library(base / LIBRARY)
@@ -109,14 +130,22 @@ class BuildPy(build_py):
 
 
 class BinaryDistribution(Distribution):
-    """Platform-specific exactly when a library can be compiled."""
+    """Platform-specific as far as can be known before anything is compiled."""
 
     def has_ext_modules(self) -> bool:
         return wanted() and compiler() is not None
 
 
 class BdistWheel(bdist_wheel):
-    """py3-none-<platform>: the library depends on the platform alone, not on the Python version."""
+    """py3-none-<platform>: the library depends on the platform alone, not on the Python version.
+
+    py3-none-any when nothing was compiled.
+    """
+
+    def run(self) -> None:
+        self.run_command("build")
+        self.root_is_pure = not Path(self.get_finalized_command("build_py").build_lib, LIBRARY).exists()
+        super().run()
 
     def get_tag(self) -> tuple[str, str, str]:
         return ("py3", "none", super().get_tag()[2])
@@ -145,7 +174,7 @@ setup(
         *find_packages("kernels", include=["fastdino_kernels.*"]),
     ],
     package_dir={"fastdino": "fastdino", "fastdino_kernels": "kernels/fastdino_kernels"},
-    package_data={"": ["py.typed", "*.html", "*.css"]},
+    package_data={"": ["py.typed", "*.html", "*.css", "*.md"]},
     # The kernels need the first two. Triton is left to the CUDA builds of torch, which pin their own.
     install_requires=[
         "torch>=2.10",
@@ -155,7 +184,6 @@ setup(
         "pyyaml>=6.0",
         "safetensors>=0.5",
         "pillow>=10.0",
-        "tensorboard>=2.16",
         "matplotlib>=3.8",
         "jinja2>=3.1",
         "scikit-learn>=1.5",
@@ -171,7 +199,11 @@ setup(
             "nvidia-dali-cuda120>=1.50; platform_system == 'Linux'",
         ],
         "cuda13": ["torch==2.13.0", "nvidia-dali-cuda130>=1.52; platform_system == 'Linux'"],
+        "tensorboard": ["tensorboard>=2.16"],
         "wandb": ["wandb>=0.18"],
+        "trackio": ["trackio>=0.5"],
+        "export": ["onnx>=1.16", "onnxscript>=0.3", "onnxruntime>=1.18"],
+        "eval": ["av>=12.0"],  # what the evaluation reads beyond images
         "video": ["av>=12.0"],
         "lmdb": ["lmdb>=1.4"],
         "object-store": ["fsspec>=2023.5"],
@@ -184,9 +216,17 @@ setup(
             "scipy>=1.12",
             "triton>=3.6,<3.8; platform_system == 'Linux'",
             "types-PyYAML",
+            "kernels>=0.17",
+            "auditwheel>=6.0; platform_system == 'Linux'",
             "av>=12.0",
             "lmdb>=1.4",
             "fsspec>=2023.5",
+            "onnx>=1.16",
+            "onnxscript>=0.3",
+            "onnxruntime>=1.18",
+            "tensorboard>=2.16",
+            "transformers>=4.50",
+            "huggingface-hub>=0.26",
         ],
     },
     distclass=BinaryDistribution,

@@ -10,6 +10,7 @@
 #
 # FASTDINO_SUITE_SECONDS  time for all of it (540); the parts' shares scale with it
 # FASTDINO_OFFICIAL       a checkout of facebookresearch/dino, the rival of Table 8, Table 1 and the waterfall
+# FASTDINO_CIFAR10        CIFAR-10 as image files, train/ and test/ with a folder per class, for the speedrun
 # FASTDINO_COMMIT         of a copy without its git history, for the results
 # PYTHON                  an interpreter with torch (python3)
 #
@@ -101,6 +102,7 @@ else
     part memory 30 "$PYTHON" -m bench.memory --save
     part multicrop 20 "$PYTHON" -m bench.multicrop --save
     has nvidia && has nvidia.dali && part loader 60 "$PYTHON" -m bench.loader --save --locals 10 --workers 8 --rounds 2 --batch 64
+    [ -n "${FASTDINO_CIFAR10-}" ] && has nvidia && part speedrun 120 "$PYTHON" -m bench.speedrun --save --images "$FASTDINO_CIFAR10"
 fi
 rm -f "$OUT"/*/*.csv "$OUT"/*/*.png # made from the JSON files, which suffice
 

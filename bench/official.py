@@ -76,6 +76,24 @@ def backbone(code: Any, model: ModelConfig, image_size: int) -> nn.Module:
     )
 
 
+def network(code: Any, config: Config) -> nn.Module:
+    """Its ViT and head, initialised by it, as student or teacher."""
+    model = config.model
+    vit = backbone(code, model, config.crops.global_crops_size)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # of its weight_norm
+        head = code.vision_transformer.DINOHead(
+            vit.embed_dim,
+            model.out_dim,
+            use_bn=model.use_bn_in_head,
+            norm_last_layer=model.norm_last_layer,
+            nlayers=model.head_layers,
+            hidden_dim=model.head_hidden_dim,
+            bottleneck_dim=model.bottleneck_dim,
+        )
+    return code.utils.MultiCropWrapper(vit, head)
+
+
 class OfficialStep:
     """Starts from the weights of ``method``, whose parameter names are the same and which it does not keep;
     fp32, or with ``use_fp16`` as its flag does it: autocast to fp16 with a GradScaler, which needs a GPU.
@@ -95,7 +113,7 @@ class OfficialStep:
         if use_fp16 and self.device.type != "cuda":
             raise ValueError(f"use_fp16: expected a GPU, as its GradScaler does, got {self.device}")
         self.clip = config.optim.clip_grad
-        self.student, self.teacher = self._network(config), self._network(config)
+        self.student, self.teacher = (network(code, config).to(self.device) for _ in range(2))
         self.student.load_state_dict(method.student.state_dict())
         self.teacher.load_state_dict(method.teacher.state_dict())
         for p in self.teacher.parameters():
@@ -113,22 +131,6 @@ class OfficialStep:
         self.optimizer = torch.optim.AdamW(code.utils.get_params_groups(self.student))
         self.scaler = torch.amp.GradScaler("cuda") if use_fp16 else None
         torch.backends.cudnn.benchmark = True  # as its main function does
-
-    def _network(self, config: Config) -> nn.Module:
-        vits, model = self.code.vision_transformer, config.model
-        vit = backbone(self.code, model, config.crops.global_crops_size)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)  # of its weight_norm
-            head = vits.DINOHead(
-                vit.embed_dim,
-                model.out_dim,
-                use_bn=model.use_bn_in_head,
-                norm_last_layer=model.norm_last_layer,
-                nlayers=model.head_layers,
-                hidden_dim=model.head_hidden_dim,
-                bottleneck_dim=model.bottleneck_dim,
-            )
-        return self.code.utils.MultiCropWrapper(vit, head).to(self.device)
 
     def views(self, crops: Crops) -> list[Tensor]:
         """One batch per view, the form its loader has."""

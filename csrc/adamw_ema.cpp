@@ -3,8 +3,8 @@
 #include "updates.h"
 
 #include <cmath>
-#include <new>
 
+#include "check.h"
 #include "parallel.h"
 #include "simd.h"
 
@@ -89,11 +89,21 @@ void ema(float* t, const void* p, int dtype, int64_t begin, int64_t n, double mo
 namespace fdk {
 
 std::vector<Block> cut(int64_t n, const int64_t* sizes) {
+    size_t count = 0;
+    for (int64_t i = 0; i < n; ++i) count += (sizes[i] + kBlock - 1) / kBlock;
     std::vector<Block> blocks;
+    blocks.reserve(count);
     for (int64_t i = 0; i < n; ++i)
         for (int64_t begin = 0; begin < sizes[i]; begin += kBlock)
             blocks.push_back({i, begin, sizes[i] - begin < kBlock ? sizes[i] - begin : kBlock});
     return blocks;
+}
+
+bool Followers::given(int64_t n, const int64_t* sizes) const {
+    if (!fdk::given(n > 0, teachers, copies, teacher_copies)) return false;
+    for (int64_t i = 0; i < n; ++i)
+        if (sizes[i] > 0 && teacher_copies[i] != nullptr && teachers[i] == nullptr) return false;
+    return true;
 }
 
 void Followers::follow(const float* param, const Block& b) const {
@@ -112,7 +122,8 @@ extern "C" {
 
 // squares[i] = sum of squares of grads[i]: NaN or infinite exactly if an element is.
 int fdk_sums_of_squares(int64_t n, const float* const* grads, const int64_t* sizes, double* squares, int num_threads) {
-    try {
+    if (!fdk::given_tensors(n, sizes, grads) || !fdk::given(n > 0, squares)) return 1;
+    return fdk::guarded([&] {
         const std::vector<Block> blocks = cut(n, sizes);
         std::vector<double> partial(blocks.size());
         fdk::parallel_for_dynamic(static_cast<int64_t>(blocks.size()), num_threads, [&](int64_t i) {
@@ -121,10 +132,7 @@ int fdk_sums_of_squares(int64_t n, const float* const* grads, const int64_t* siz
         });
         for (int64_t i = 0; i < n; ++i) squares[i] = 0;
         for (size_t i = 0; i < blocks.size(); ++i) squares[blocks[i].tensor] += partial[i];
-        return 0;
-    } catch (const std::bad_alloc&) {
-        return 2;
-    }
+    });
 }
 
 // For each tensor AdamW with its row of scalars [n, 8]: grad factor (clip / scale), 1 - lr * decay, lr / (1 - beta1^step),
@@ -134,8 +142,11 @@ int fdk_sums_of_squares(int64_t n, const float* const* grads, const int64_t* siz
 int fdk_adamw_ema(int64_t n, float* const* params, const float* const* grads, float* const* exp_avgs, float* const* exp_avg_sqs,
                   float* const* teachers, uint16_t* const* copies, uint16_t* const* teacher_copies, const int64_t* sizes,
                   const float* scalars, double momentum, int num_threads) {
-    try {
-        const fdk::Followers followers{teachers, copies, teacher_copies, momentum};
+    const fdk::Followers followers{teachers, copies, teacher_copies, momentum};
+    if (!fdk::given_tensors(n, sizes, params, grads, exp_avgs, exp_avg_sqs) || !fdk::given(n > 0, scalars) ||
+        !followers.given(n, sizes))
+        return 1;
+    return fdk::guarded([&] {
         const std::vector<Block> blocks = cut(n, sizes);
         fdk::parallel_for_dynamic(static_cast<int64_t>(blocks.size()), num_threads, [&](int64_t i) {
             const Block& b = blocks[i];
@@ -145,25 +156,22 @@ int fdk_adamw_ema(int64_t n, float* const* params, const float* const* grads, fl
             adamw(params[k] + b.begin, grads[k] + b.begin, exp_avgs[k] + b.begin, exp_avg_sqs[k] + b.begin, b.count, s);
             followers.follow(params[k], b);
         });
-        return 0;
-    } catch (const std::bad_alloc&) {
-        return 2;
-    }
+    });
 }
 
 // teachers[i] <- momentum * teachers[i] + (1 - momentum) * students[i]; student dtypes: 0 fp32, 1 bf16, 2 fp16.
 int fdk_ema(int64_t n, float* const* teachers, const void* const* students, const int* dtypes, const int64_t* sizes,
             double momentum, int num_threads) {
-    try {
+    if (!fdk::given_tensors(n, sizes, teachers, students) || !fdk::given(n > 0, dtypes)) return 1;
+    for (int64_t i = 0; i < n; ++i)
+        if (dtypes[i] < 0 || dtypes[i] > 2) return 1;
+    return fdk::guarded([&] {
         const std::vector<Block> blocks = cut(n, sizes);
         fdk::parallel_for_dynamic(static_cast<int64_t>(blocks.size()), num_threads, [&](int64_t i) {
             const Block& b = blocks[i];
             ema(teachers[b.tensor], students[b.tensor], dtypes[b.tensor], b.begin, b.count, momentum);
         });
-        return 0;
-    } catch (const std::bad_alloc&) {
-        return 2;
-    }
+    });
 }
 
 }  // extern "C"

@@ -7,9 +7,9 @@
 // maxima cancel, and nothing large is ever subtracted from something large. Statistics of two sets of columns merge exactly.
 
 #include <cmath>
-#include <new>
 #include <vector>
 
+#include "check.h"
 #include "lanes.h"
 #include "parallel.h"
 
@@ -179,7 +179,7 @@ FDK_INLINE void block_gradient(const Problem& p, const T* student, const T* teac
         }
         const float pairs = static_cast<float>(v < p.n_global ? p.n_global - 1 : p.n_global);
         const float max = static_cast<float>(state.student_max[v]), scale = p.student_scale;
-        const float weight = static_cast<float>(coefficient * pairs / state.student_sum[v]);
+        const float weight = pairs > 0 ? static_cast<float>(coefficient * pairs / state.student_sum[v]) : 0;
         for_vectors(count, FDK_LANES {
             const f32x16 prob = exp_negative((load(row + k, left) - max) * scale) * weight;
             store(out_row + k, prob - Lanes<float>::load(target + k), left);
@@ -198,19 +198,32 @@ FDK_GRADIENT(block_gradient_f32, float, float)
 FDK_GRADIENT(block_gradient_bf16, uint16_t, uint16_t)
 #undef FDK_GRADIENT
 
+bool fits_problem(const Problem& p) {
+    return p.views > 0 && p.n_global > 0 && fits({p.images, p.views, p.n_global, p.columns});
+}
+
+bool given_logits(const Problem& p, const void* student, const void* teacher, const float* center, int bf16,
+                  double student_temp, double teacher_temp) {
+    return fits_problem(p) && fits_rows(p.views * p.images, p.columns, p.student_stride) &&
+           fits_rows(p.n_global * p.images, p.columns, p.teacher_stride) && is_flag(bf16) && student_temp > 0 &&
+           teacher_temp > 0 && given(p.images * p.columns > 0, student, teacher, center);
+}
+
 int64_t blocks_of(int64_t columns) { return (columns + kColumns - 1) / kColumns; }
 
 }  // namespace
 
 extern "C" {
 
-// Length in doubles of the state of a problem, and its empty value.
+// Length in doubles of the state of a problem (-1: there is none), and its empty value.
 int64_t fdk_dino_state_size(int64_t images, int64_t views, int64_t n_global) {
-    return images * record_size({images, views, n_global, 0, 0, 0, 0, 0});
+    const Problem p{images, views, n_global, 0, 0, 0, 0, 0};
+    return fits_problem(p) ? images * record_size(p) : -1;
 }
 
 int fdk_dino_state_init(int64_t images, int64_t views, int64_t n_global, double* state, int) {
     const Problem p{images, views, n_global, 0, 0, 0, 0, 0};
+    if (!fits_problem(p) || !given(images > 0, state)) return 1;
     for (int64_t b = 0; b < images; ++b) {
         const int64_t size = record_size(p);
         for (int64_t i = 0; i < size; ++i) state[b * size + i] = 0;
@@ -226,9 +239,10 @@ int fdk_dino_state_init(int64_t images, int64_t views, int64_t n_global, double*
 int fdk_dino_statistics(const void* student, const void* teacher, const float* center, int64_t images, int64_t views,
                         int64_t n_global, int64_t columns, int64_t student_stride, int64_t teacher_stride, int bf16,
                         double student_temp, double teacher_temp, double* state, int num_threads) {
-    try {
-        const Problem p{images, views, n_global, columns, student_stride, teacher_stride,
-                        static_cast<float>(1 / student_temp), static_cast<float>(1 / teacher_temp)};
+    const Problem p{images, views, n_global, columns, student_stride, teacher_stride,
+                    static_cast<float>(1 / student_temp), static_cast<float>(1 / teacher_temp)};
+    if (!given_logits(p, student, teacher, center, bf16, student_temp, teacher_temp) || !given(images > 0, state)) return 1;
+    return guarded([&] {
         const int64_t blocks = blocks_of(columns), size = record_size(p);
         std::vector<float> parts(images * blocks * size);
         parallel_for_dynamic(images * blocks, num_threads, [&](int64_t i) {
@@ -240,15 +254,13 @@ int fdk_dino_statistics(const void* student, const void* teacher, const float* c
         });
         for (int64_t i = 0; i < images * blocks; ++i)
             merge(p, Record<double>(p, state + i / blocks * size), Record<float>(p, parts.data() + i * size));
-        return 0;
-    } catch (const std::bad_alloc&) {
-        return 2;
-    }
+    });
 }
 
 // result = loss, mean teacher entropy: means over images and pairs (over images and teacher views).
 int fdk_dino_result(int64_t images, int64_t views, int64_t n_global, const double* state, double* result, int) {
     const Problem p{images, views, n_global, 0, 0, 0, 0, 0};
+    if (!fits_problem(p) || !given(images > 0, state) || !given(true, result)) return 1;
     double loss = 0, entropy = 0;
     for (int64_t b = 0; b < images; ++b) {
         const Record<const double> r(p, state + b * record_size(p));
@@ -268,9 +280,12 @@ int fdk_dino_gradient(const void* student, const void* teacher, const float* cen
                       int64_t n_global, int64_t columns, int64_t student_stride, int64_t teacher_stride, int bf16,
                       double student_temp, double teacher_temp, const double* state, double grad_loss, void* out,
                       int64_t out_stride, int num_threads) {
-    try {
-        const Problem p{images, views, n_global, columns, student_stride, teacher_stride,
-                        static_cast<float>(1 / student_temp), static_cast<float>(1 / teacher_temp)};
+    const Problem p{images, views, n_global, columns, student_stride, teacher_stride,
+                    static_cast<float>(1 / student_temp), static_cast<float>(1 / teacher_temp)};
+    if (!given_logits(p, student, teacher, center, bf16, student_temp, teacher_temp) ||
+        !fits_apart(views * images, columns, out_stride) || !given(images > 0, state) || !given(images * columns > 0, out))
+        return 1;
+    return guarded([&] {
         const int64_t blocks = blocks_of(columns), size = record_size(p);
         const float coefficient =
             static_cast<float>(grad_loss / (student_temp * static_cast<double>(n_global * (views - 1) * images)));
@@ -281,10 +296,7 @@ int fdk_dino_gradient(const void* student, const void* teacher, const float* cen
             (bf16 ? block_gradient_bf16 : block_gradient_f32)(p, student, teacher, center, i / blocks, begin, count, record,
                                                               coefficient, out, out_stride, targets.data());
         });
-        return 0;
-    } catch (const std::bad_alloc&) {
-        return 2;
-    }
+    });
 }
 
 }  // extern "C"

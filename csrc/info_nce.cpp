@@ -3,8 +3,8 @@
 // and what was added up before, sum_r = sum_j p_rj and mean_r = sum_j p_rj n_j, is moved to the new maximum.
 
 #include <cmath>
-#include <new>
 
+#include "check.h"
 #include "lanes.h"
 #include "parallel.h"
 
@@ -55,13 +55,17 @@ extern "C" {
 // double and mean [rows, d] fp32 are brought up to date, but for the block's own weights times its columns in mean.
 int fdk_info_nce_fold(void* logits, int64_t rows, int64_t columns, int bf16, double temp, int write, float* max, double* sum,
                       float* mean, int64_t d, int num_threads) {
-    const float scale = static_cast<float>(1 / temp);
-    parallel_for(rows, num_threads, [&](int64_t begin, int64_t end) {
-        for (int64_t r = begin; r < end; ++r)
-            (bf16 ? fold_row_bf16 : fold_row_f32)(logits, r * columns, columns, scale, write != 0, max[r], sum[r], mean + r * d,
-                                                  d);
+    if (!fits({rows, columns}) || !fits({rows, d}) || !given(rows * columns > 0, logits) || !is_flag(bf16) || !is_flag(write) ||
+        !(temp > 0) || !given(rows > 0, max, sum) || !given(rows * d > 0, mean))
+        return 1;
+    return guarded([&] {
+        const float scale = static_cast<float>(1 / temp);
+        parallel_for(rows, num_threads, [&](int64_t begin, int64_t end) {
+            for (int64_t r = begin; r < end; ++r)
+                (bf16 ? fold_row_bf16 : fold_row_f32)(logits, r * columns, columns, scale, write != 0, max[r], sum[r],
+                                                      mean + r * d, d);
+        });
     });
-    return 0;
 }
 
 }  // extern "C"

@@ -2,8 +2,8 @@
 // EMA and bf16 copies in the same pass.
 
 #include <cmath>
-#include <new>
 
+#include "check.h"
 #include "parallel.h"
 #include "simd.h"
 #include "updates.h"
@@ -106,14 +106,12 @@ extern "C" {
 // sums [n, 3]: g.g, g.p, p.p.
 int fdk_lars_sums(int64_t n, const float* const* params, const float* const* grads, const int64_t* sizes, double* sums,
                   int num_threads) {
-    try {
+    if (!fdk::given_tensors(n, sizes, params, grads) || !fdk::given(n > 0, sums)) return 1;
+    return fdk::guarded([&] {
         sum_blocks(n, sizes, 3, sums, num_threads, [&](const Block& b, double* out) {
             products(grads[b.tensor] + b.begin, params[b.tensor] + b.begin, b.count, out);
         });
-        return 0;
-    } catch (const std::bad_alloc&) {
-        return 2;
-    }
+    });
 }
 
 // For each tensor with its row of scalars [n, 4] (factors of the gradient and of the parameter, momentum, lr):
@@ -121,8 +119,10 @@ int fdk_lars_sums(int64_t n, const float* const* params, const float* const* gra
 int fdk_lars(int64_t n, float* const* params, const float* const* grads, float* const* buffers, float* const* teachers,
              uint16_t* const* copies, uint16_t* const* teacher_copies, const int64_t* sizes, const float* scalars,
              double momentum, int num_threads) {
-    try {
-        const fdk::Followers followers{teachers, copies, teacher_copies, momentum};
+    const fdk::Followers followers{teachers, copies, teacher_copies, momentum};
+    if (!fdk::given_tensors(n, sizes, params, grads, buffers) || !fdk::given(n > 0, scalars) || !followers.given(n, sizes))
+        return 1;
+    return fdk::guarded([&] {
         const std::vector<Block> blocks = fdk::cut(n, sizes);
         fdk::parallel_for_dynamic(static_cast<int64_t>(blocks.size()), num_threads, [&](int64_t i) {
             const Block& b = blocks[i];
@@ -131,17 +131,15 @@ int fdk_lars(int64_t n, float* const* params, const float* const* grads, float* 
             lars(params[b.tensor] + b.begin, grads[b.tensor] + b.begin, buffers[b.tensor] + b.begin, b.count, s);
             followers.follow(params[b.tensor], b);
         });
-        return 0;
-    } catch (const std::bad_alloc&) {
-        return 2;
-    }
+    });
 }
 
 // New moments with the rows of scalars [n, 9]: grad factor, 1 - beta1, beta2, 1 - beta2, 1 / (1 - beta1^step),
 // 1 / sqrt(1 - beta2^step), eps, weight decay, step size (unused here); sums [n, 2]: p.p and u.u of the update u.
 int fdk_lamb_moments(int64_t n, const float* const* params, const float* const* grads, float* const* exp_avgs,
                      float* const* exp_avg_sqs, const int64_t* sizes, const float* scalars, double* sums, int num_threads) {
-    try {
+    if (!fdk::given_tensors(n, sizes, params, grads, exp_avgs, exp_avg_sqs) || !fdk::given(n > 0, scalars, sums)) return 1;
+    return fdk::guarded([&] {
         sum_blocks(n, sizes, 2, sums, num_threads, [&](const Block& b, double* out) {
             const int64_t k = b.tensor;
             Lamb s;
@@ -149,18 +147,18 @@ int fdk_lamb_moments(int64_t n, const float* const* params, const float* const* 
             lamb_moments(params[k] + b.begin, grads[k] + b.begin, exp_avgs[k] + b.begin, exp_avg_sqs[k] + b.begin, b.count, s,
                          out);
         });
-        return 0;
-    } catch (const std::bad_alloc&) {
-        return 2;
-    }
+    });
 }
 
 // p <- p - step size * u with the same rows of scalars; then the followers as in fdk_adamw_ema.
 int fdk_lamb(int64_t n, float* const* params, const float* const* exp_avgs, const float* const* exp_avg_sqs,
              float* const* teachers, uint16_t* const* copies, uint16_t* const* teacher_copies, const int64_t* sizes,
              const float* scalars, double momentum, int num_threads) {
-    try {
-        const fdk::Followers followers{teachers, copies, teacher_copies, momentum};
+    const fdk::Followers followers{teachers, copies, teacher_copies, momentum};
+    if (!fdk::given_tensors(n, sizes, params, exp_avgs, exp_avg_sqs) || !fdk::given(n > 0, scalars) ||
+        !followers.given(n, sizes))
+        return 1;
+    return fdk::guarded([&] {
         const std::vector<Block> blocks = fdk::cut(n, sizes);
         fdk::parallel_for_dynamic(static_cast<int64_t>(blocks.size()), num_threads, [&](int64_t i) {
             const Block& b = blocks[i];
@@ -170,10 +168,7 @@ int fdk_lamb(int64_t n, float* const* params, const float* const* exp_avgs, cons
             lamb(params[k] + b.begin, exp_avgs[k] + b.begin, exp_avg_sqs[k] + b.begin, b.count, s);
             followers.follow(params[k], b);
         });
-        return 0;
-    } catch (const std::bad_alloc&) {
-        return 2;
-    }
+    });
 }
 
 }  // extern "C"

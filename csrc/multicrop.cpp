@@ -4,9 +4,10 @@
 
 #include <algorithm>
 #include <atomic>
+#include <cfloat>
 #include <cstring>
-#include <new>
 
+#include "check.h"
 #include "parallel.h"
 
 namespace fdk::crop {
@@ -35,6 +36,22 @@ void jitter(uint8_t* planes, int64_t count, const float* row) {
         if (column == kSaturation) saturation(planes, count, value);
         if (column == kHue) hue(planes, count, value);
     }
+}
+
+// What the numbers become, indices and integers, must be inside their ranges; NaN is in none.
+bool is_row(const float* row, float height, float width) {
+    const auto within = [row](Column column, float low, float high) { return row[column] >= low && row[column] <= high; };
+    return within(kY, 0, height) && within(kX, 0, width) && within(kH, 1, height - row[kY]) && within(kW, 1, width - row[kX]) &&
+           within(kBrightness, 0, FLT_MAX) && within(kContrast, 0, FLT_MAX) && within(kSaturation, 0, FLT_MAX) &&
+           within(kHue, -0.5f, 0.5f) && within(kOrder, 0, 23) && within(kSigma, 0, 100);
+}
+
+bool are_rows(int64_t n, int64_t views, const int32_t* sizes, const float* params) {
+    for (int64_t task = 0; task < n * views; ++task) {
+        const int32_t* size = sizes + 2 * (task / views);
+        if (!is_row(params + task * kColumns, static_cast<float>(size[0]), static_cast<float>(size[1]))) return false;
+    }
+    return true;
 }
 
 void augment(const Image& image, const float* row, int size, uint8_t* planes) {
@@ -77,14 +94,22 @@ extern "C" int fdk_multicrop_limit_simd(int level) {
 
 // images: n pointers to [height][width][3] bytes; sizes: n times (height, width); params: float [n][views][16];
 // outs: a pointer for each view to [n][3][S][S] items of item_size (2 or 4) bytes, S = out_sizes[view];
-// table: item [3][256], what each value becomes. Returns 0: done, 1: bad item_size, 2: out of memory.
+// table: item [3][256], what each value becomes.
 extern "C" int fdk_multicrop(int64_t n, const uint8_t* const* images, const int32_t* sizes, int64_t views,
                              const float* params, void* const* outs, const int32_t* out_sizes, const void* table,
                              int item_size, int num_threads) {
     using namespace fdk::crop;
-    if (item_size != 2 && item_size != 4) return 1;
+    if ((item_size != 2 && item_size != 4) || !fdk::fits({n, views, kColumns}) || !fdk::given(true, table) ||
+        !fdk::given(n * views > 0, images, sizes, params, outs, out_sizes))
+        return 1;
+    if (n * views == 0) return 0;
+    for (int64_t i = 0; i < n; ++i)
+        if (images[i] == nullptr || !is_side(sizes[2 * i]) || !is_side(sizes[2 * i + 1])) return 1;
+    for (int64_t view = 0; view < views; ++view)
+        if (outs[view] == nullptr || !is_side(out_sizes[view]) || !fdk::fits({n, 3, out_sizes[view], out_sizes[view]})) return 1;
+    if (!are_rows(n, views, sizes, params)) return 1;
     const size_t channel = 256 * static_cast<size_t>(item_size);  // bytes of one channel of the table
-    try {
+    return fdk::guarded([&] {
         // Solarization is part of the second table: value v becomes what 255 - v does, from 128 on.
         const uint8_t* normal = static_cast<const uint8_t*>(table);
         std::vector<uint8_t> solarized(normal, normal + 3 * channel);
@@ -107,8 +132,5 @@ extern "C" int fdk_multicrop(int64_t n, const uint8_t* const* images, const int3
             for (int c = 0; c < 3; ++c)
                 lookup(planes + c * count, count, values + c * channel, item_size, out + c * count * item_size);
         });
-    } catch (const std::bad_alloc&) {
-        return 2;
-    }
-    return 0;
+    });
 }

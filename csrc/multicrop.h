@@ -31,6 +31,10 @@ struct Image {
     int64_t height, width;
 };
 
+// Sides of images and crops: exact in the parameters, which are floats, and three times it is an int.
+constexpr int64_t kMostSide = 1 << 24;
+inline bool is_side(int64_t length) { return 0 < length && length <= kMostSide; }
+
 struct Box {
     int y, x, height, width;
 };

@@ -132,8 +132,10 @@ void run(int count, const std::function<void(int)>& task) {
     for (int part = 0; part < count; ++part) marked(part);
 }
 
+constexpr int kMostThreads = 1024;  // more would only use up what the system has
+
 int parts(int64_t n, int threads) {
-    return static_cast<int>(std::min<int64_t>(n, threads > 0 ? threads : processors()));
+    return static_cast<int>(std::min<int64_t>(n, threads > 0 ? std::min(threads, kMostThreads) : processors()));
 }
 
 }  // namespace

@@ -5,9 +5,9 @@
 // each logit. After the first normalisation of the columns, sum_r q_rk >= 1 / (rows * columns): nothing underflows.
 
 #include <cmath>
-#include <new>
 #include <vector>
 
+#include "check.h"
 #include "lanes.h"
 #include "parallel.h"
 
@@ -57,6 +57,7 @@ struct Offsets {
         for (int64_t k = 0; k < columns; ++k) {
             if (c[k] == -INFINITY) continue;  // a prototype that no sample admits has nothing to divide by
             logit[k] = static_cast<float>(c[k] / scale);
+            if (std::isinf(logit[k])) continue;  // all but what is infinite itself becomes 0
             rest[k] = static_cast<float>(c[k] - static_cast<double>(logit[k]) * scale);
         }
     }
@@ -120,24 +121,31 @@ FDK_FOR(f32, float)
 FDK_FOR(bf16, uint16_t)
 #undef FDK_FOR
 
+bool given_logits(const void* logits, int64_t rows, int64_t columns, int bf16, double temp) {
+    return fits({rows, columns}) && given(rows * columns > 0, logits) && is_flag(bf16) && temp > 0;
+}
+
 }  // namespace
 
 extern "C" {
 
 // logits [rows, columns], contiguous, fp32 or (bf16 = 1) bf16 -> out [columns]: log sum_r exp(logits_rk / temp).
 int fdk_sinkhorn_columns(const void* logits, int64_t rows, int64_t columns, int bf16, double temp, double* out, int num_threads) {
-    const float scale = static_cast<float>(1 / temp);
-    parallel_for_dynamic((columns + kColumns - 1) / kColumns, num_threads, [&](int64_t i) {
-        const int64_t begin = i * kColumns, count = columns - begin < kColumns ? columns - begin : kColumns;
-        (bf16 ? log_sums_bf16 : log_sums_f32)(logits, begin, rows, columns, count, scale, out + begin);
+    if (!given_logits(logits, rows, columns, bf16, temp) || !given(columns > 0, out)) return 1;
+    return guarded([&] {
+        const float scale = static_cast<float>(1 / temp);
+        parallel_for_dynamic((columns + kColumns - 1) / kColumns, num_threads, [&](int64_t i) {
+            const int64_t begin = i * kColumns, count = columns - begin < kColumns ? columns - begin : kColumns;
+            (bf16 ? log_sums_bf16 : log_sums_f32)(logits, begin, rows, columns, count, scale, out + begin);
+        });
     });
-    return 0;
 }
 
 // One iteration, samples then prototypes: c [columns] -> out [columns], the next c.
 int fdk_sinkhorn_step(const void* logits, const double* c, int64_t rows, int64_t columns, int bf16, double temp, double* out,
                       int num_threads) {
-    try {
+    if (!given_logits(logits, rows, columns, bf16, temp) || !given(columns > 0, c, out)) return 1;
+    return guarded([&] {
         const float scale = static_cast<float>(1 / temp);
         const Offsets offsets(c, columns, scale);
         // The groups of rows depend on the problem alone, so the result does not depend on the number of threads; their
@@ -157,16 +165,16 @@ int fdk_sinkhorn_step(const void* logits, const double* c, int64_t rows, int64_t
                 out[k] = (c[k] == -INFINITY ? 0 : c[k]) + std::log(total);
             }
         });
-        return 0;
-    } catch (const std::bad_alloc&) {
-        return 2;
-    }
+    });
 }
 
 // out [rows, columns], fp32 or (out_bf16 = 1) bf16: softmax over the columns of logits / temp - c.
 int fdk_sinkhorn_targets(const void* logits, const double* c, int64_t rows, int64_t columns, int bf16, double temp,
                          void* out, int out_bf16, int num_threads) {
-    try {
+    if (!given_logits(logits, rows, columns, bf16, temp) || !given(columns > 0, c) || !given(rows * columns > 0, out) ||
+        !is_flag(out_bf16))
+        return 1;
+    return guarded([&] {
         const float scale = static_cast<float>(1 / temp);
         const Offsets offsets(c, columns, scale);
         const auto write = out_bf16 ? (bf16 ? write_bf16_bf16 : write_bf16_f32) : (bf16 ? write_f32_bf16 : write_f32_f32);
@@ -174,10 +182,7 @@ int fdk_sinkhorn_targets(const void* logits, const double* c, int64_t rows, int6
             std::vector<float> e(columns);
             for (int64_t r = begin; r < end; ++r) write(logits, r * columns, offsets, columns, scale, e.data(), out);
         });
-        return 0;
-    } catch (const std::bad_alloc&) {
-        return 2;
-    }
+    });
 }
 
 }  // extern "C"

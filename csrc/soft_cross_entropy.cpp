@@ -7,6 +7,7 @@
 #include <cfloat>
 #include <cmath>
 
+#include "check.h"
 #include "lanes.h"
 #include "parallel.h"
 
@@ -64,6 +65,10 @@ FDK_BOTH(f32, float)
 FDK_BOTH(bf16, uint16_t)
 #undef FDK_BOTH
 
+bool given_problem(const void* logits, const float* targets, int64_t rows, int64_t columns, int bf16, double temp) {
+    return fits({rows, columns}) && given(rows * columns > 0, logits, targets) && is_flag(bf16) && temp > 0;
+}
+
 }  // namespace
 
 extern "C" {
@@ -72,39 +77,45 @@ extern "C" {
 // stats [2, rows]: the maximum of a row, and total / sum, from which the gradient is made.
 int fdk_soft_cross_entropy(const void* logits, const float* targets, int64_t rows, int64_t columns, int bf16, double temp,
                            float* losses, float* stats, int num_threads) {
+    if (!given_problem(logits, targets, rows, columns, bf16, temp) || !given(rows > 0, losses, stats)) return 1;
     const float scale = static_cast<float>(1 / temp);
-    parallel_for_dynamic(rows, num_threads, [&](int64_t r) {
-        double top = -FLT_MAX, sum = 0, cross = 0, total = 0;
-        for (int64_t begin = 0; begin < columns; begin += kColumns) {
-            const int64_t count = columns - begin < kColumns ? columns - begin : kColumns;
-            const Block b = (bf16 ? block_bf16 : block_f32)(logits, targets, r * columns + begin, count, scale);
-            const double higher = b.max > top ? b.max : top;
-            const double before = (top - higher) / temp, now = (b.max - higher) / temp;
-            sum = sum * std::exp(before) + b.sum * std::exp(now);
-            cross += total * before + b.cross + b.total * now;
-            total += b.total;
-            top = higher;
-        }
-        losses[r] = static_cast<float>(total * std::log(sum) - cross);
-        stats[r] = static_cast<float>(top);
-        stats[rows + r] = static_cast<float>(total / sum);
+    return guarded([&] {
+        parallel_for_dynamic(rows, num_threads, [&](int64_t r) {
+            double top = -FLT_MAX, sum = 0, cross = 0, total = 0;
+            for (int64_t begin = 0; begin < columns; begin += kColumns) {
+                const int64_t count = columns - begin < kColumns ? columns - begin : kColumns;
+                const Block b = (bf16 ? block_bf16 : block_f32)(logits, targets, r * columns + begin, count, scale);
+                const double higher = b.max > top ? b.max : top;
+                const double before = (top - higher) / temp, now = (b.max - higher) / temp;
+                sum = sum * std::exp(before) + b.sum * std::exp(now);
+                cross += total * before + b.cross + b.total * now;
+                total += b.total;
+                top = higher;
+            }
+            losses[r] = static_cast<float>((total == 0 ? 0 : total * std::log(sum)) - cross);
+            stats[r] = static_cast<float>(top);
+            stats[rows + r] = static_cast<float>(total / sum);
+        });
     });
-    return 0;
 }
 
 // out [rows, columns] <- grads [rows] * d losses / d logits, in the type of the logits.
 int fdk_soft_cross_entropy_gradient(const void* logits, const float* targets, const float* stats, const float* grads,
                                     int64_t rows, int64_t columns, int bf16, double temp, void* out, int num_threads) {
+    if (!given_problem(logits, targets, rows, columns, bf16, temp) || !given(rows > 0, stats, grads) ||
+        !given(rows * columns > 0, out))
+        return 1;
     const float scale = static_cast<float>(1 / temp);
-    parallel_for_dynamic(rows, num_threads, [&](int64_t r) {
-        const auto write = bf16 ? gradient_bf16 : gradient_f32;
-        const float max = stats[r], factor = stats[rows + r], coefficient = static_cast<float>(grads[r] / temp);
-        for (int64_t begin = 0; begin < columns; begin += kColumns) {
-            const int64_t count = columns - begin < kColumns ? columns - begin : kColumns;
-            write(logits, targets, r * columns + begin, count, scale, max, factor, coefficient, out);
-        }
+    return guarded([&] {
+        parallel_for_dynamic(rows, num_threads, [&](int64_t r) {
+            const auto write = bf16 ? gradient_bf16 : gradient_f32;
+            const float max = stats[r], factor = stats[rows + r], coefficient = static_cast<float>(grads[r] / temp);
+            for (int64_t begin = 0; begin < columns; begin += kColumns) {
+                const int64_t count = columns - begin < kColumns ? columns - begin : kColumns;
+                write(logits, targets, r * columns + begin, count, scale, max, factor, coefficient, out);
+            }
+        });
     });
-    return 0;
 }
 
 }  // extern "C"

@@ -8,6 +8,7 @@
 #include <cmath>
 #include <cstring>
 
+#include "check.h"
 #include "lanes.h"
 #include "parallel.h"
 
@@ -83,30 +84,42 @@ extern "C" {
 // room >= k + 32, counts [rows] and thresholds [rows] (-inf at first) are brought up to date. Scores are finite.
 int fdk_top_k_add(const float* scores, int64_t rows, int64_t columns, int64_t stride, int64_t first, int k, int room,
                   uint64_t* keys, int32_t* counts, float* thresholds, int num_threads) {
-    if (room < k + kStep) return 1;
-    parallel_for(rows, num_threads, [&](int64_t begin, int64_t end) {
-        for (int64_t r = begin; r < end; ++r)
-            add_row(scores + r * stride, columns, static_cast<uint32_t>(first), k, room, keys + r * room, counts[r], thresholds[r]);
+    constexpr int64_t kMostColumns = int64_t{1} << 32;
+    if (k < 1 || room < int64_t{k} + kStep || !fits_rows(rows, columns, stride) || !fits({rows, room}) || first < 0 ||
+        first > kMostColumns || columns > kMostColumns - first || !given(rows * columns > 0, scores) ||
+        !given(rows > 0, keys, counts, thresholds))
+        return 1;
+    for (int64_t r = 0; r < rows; ++r)
+        if (counts[r] < 0 || counts[r] > room) return 1;
+    return guarded([&] {
+        parallel_for(rows, num_threads, [&](int64_t begin, int64_t end) {
+            for (int64_t r = begin; r < end; ++r)
+                add_row(scores + r * stride, columns, static_cast<uint32_t>(first), k, room, keys + r * room, counts[r],
+                        thresholds[r]);
+        });
     });
-    return 0;
 }
 
 // The first `wanted` of each row, best first: values and columns [rows][wanted]. Every row has had `wanted` columns.
 int fdk_top_k_finish(int64_t rows, int64_t wanted, int room, uint64_t* keys, const int32_t* counts, float* values,
                      int64_t* columns, int num_threads) {
+    if (!fits({rows, room}) || !fits({rows, wanted}) || !given(rows > 0, keys, counts) ||
+        !given(rows * wanted > 0, values, columns))
+        return 1;
     for (int64_t r = 0; r < rows; ++r)
-        if (counts[r] < wanted) return 1;
-    parallel_for(rows, num_threads, [&](int64_t begin, int64_t end) {
-        for (int64_t r = begin; r < end; ++r) {
-            uint64_t* row = keys + r * room;
-            std::sort(row, row + counts[r]);
-            for (int64_t i = 0; i < wanted; ++i) {
-                values[r * wanted + i] = value_of(row[i]);
-                columns[r * wanted + i] = static_cast<uint32_t>(row[i]);
+        if (counts[r] < wanted || counts[r] > room) return 1;
+    return guarded([&] {
+        parallel_for(rows, num_threads, [&](int64_t begin, int64_t end) {
+            for (int64_t r = begin; r < end; ++r) {
+                uint64_t* row = keys + r * room;
+                std::sort(row, row + counts[r]);
+                for (int64_t i = 0; i < wanted; ++i) {
+                    values[r * wanted + i] = value_of(row[i]);
+                    columns[r * wanted + i] = static_cast<uint32_t>(row[i]);
+                }
             }
-        }
+        });
     });
-    return 0;
 }
 
 }  // extern "C"

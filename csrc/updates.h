@@ -23,6 +23,7 @@ struct Followers {
     uint16_t* const* teacher_copies;
     double momentum;
 
+    bool given(int64_t n, const int64_t* sizes) const;  // the lists are there, and no copy of a teacher without one
     void follow(const float* param, const Block& block) const;  // param: the tensor's first element
 };
 

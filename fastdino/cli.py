@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import logging
 import os
 import sys
@@ -18,6 +19,7 @@ import tyro
 from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
 from fastdino.config import Config, ConfigError, config_to_yaml, convert, layered, validate
+from fastdino.data.remote import without_secrets
 from fastdino.presets import PRESETS
 
 _DESCRIPTION = """\
@@ -97,15 +99,43 @@ def main(argv: Sequence[str]) -> int:
     _show_log()
     if actions.dry_run or actions.preview_crops:
         return _without_training(config, actions)
-    from fastdino.engine.checkpoint import CheckpointError
+    from fastdino.engine import exits, lock, output
+
+    directory = Path(config.run.output_dir)
+    try:
+        output.check(config)
+        if _first_process():
+            lock.take(directory)  # before torch is imported: the second of two runs is told at once
+    except ValueError as error:
+        fail(str(error))
+    except lock.OutputError as error:
+        fail(str(error), code=exits.OUTPUT)
+    from fastdino.engine.checkpoint import CheckpointError, NotFiniteError
     from fastdino.engine.trainer import Trainer
 
     try:
         trainer = Trainer(config)
     except (ValueError, OSError, ImportError, CheckpointError) as error:
-        fail(str(error), first_only=False)
-    trainer.fit()
-    return 0
+        code = exits.DISK if _is_of(directory, error) else exits.USAGE
+        fail(str(error), first_only=False, code=code)
+    try:
+        trainer.fit()
+    except OSError as error:
+        if not _is_of(directory, error):
+            raise
+        fail(f"{error}; the same command continues", first_only=False, code=exits.DISK)
+    except NotFiniteError as error:
+        fail(str(error), first_only=False, code=exits.NOT_FINITE)
+    return exits.DONE
+
+
+def _is_of(directory: Path, error: Exception) -> bool:
+    """Whether ``error`` came from writing a run's directory."""
+    if not isinstance(error, OSError):
+        return False
+    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):  # reading data gives none of these
+        return True
+    return isinstance(error.filename, str) and Path(error.filename).is_relative_to(directory)
 
 
 class _Stderr(logging.Handler):
@@ -158,11 +188,11 @@ def _without_training(config: Config, actions: Actions) -> int:
     return 0
 
 
-def fail(message: str, *, first_only: bool = True) -> NoReturn:
-    """Print one line and exit with 2; ``first_only`` for what is wrong in every process alike."""
+def fail(message: str, *, first_only: bool = True, code: int = 2) -> NoReturn:
+    """Print one line and exit with ``code``; ``first_only`` for what is wrong in every process alike."""
     if _first_process() or not first_only:
-        print(f"train.py: error: {message}", file=sys.stderr)
-    sys.exit(2)
+        print(f"train.py: error: {without_secrets(message)}", file=sys.stderr)
+    sys.exit(code)
 
 
 def presets_table() -> str:

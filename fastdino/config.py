@@ -17,10 +17,10 @@ import types
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cache
-from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from fastdino import presets
+from fastdino.data.remote import scrubbed
 from fastdino.presets import PRESETS
 
 
@@ -29,7 +29,7 @@ class ModelConfig:
     """Backbone and projection head."""
 
     arch: str = "vit_small"
-    """Backbone: vit_tiny, vit_small, vit_base; resnet50 (_w2, _w4, _w5); swin_tiny_w7 (small, base; w14)."""
+    """vit_tiny, vit_small, vit_base; resnet50 (_w2, _w4, _w5); swin_tiny_w7 (small, base; w14); timm:NAME."""
     patch_size: int = 16
     """Side of a square patch of a ViT in pixels; smaller is better and slower."""
     num_heads: int | None = None
@@ -175,7 +175,7 @@ class DataConfig:
     prescan: Literal["auto", "on", "off"] = "auto"
     """Decode every image once beforehand and drop bad ones (cached); auto: up to 200,000 on disks."""
     cache_decoded: Literal["auto", "on", "off"] = "auto"
-    """Keep decoded images in memory; auto: if they fit into a quarter of the free memory and 2 GiB."""
+    """Keep decoded images in memory, the GPU's if it crops; auto: up to 2 GiB and a quarter of the free."""
     augment_on: Literal["auto", "cpu", "gpu"] = "auto"
     """Where images are decoded and cropped; auto: on the GPU if there is one that DALI can use."""
 
@@ -224,16 +224,22 @@ class RunConfig:
     """Steps between resume points; 0 saves at the end of each epoch."""
     resume: str = "auto"
     """auto: continue from the newest valid checkpoint of output_dir; none: start afresh; or a path."""
+    overwrite: bool = False
+    """Allow foreign files in output_dir, and --resume none over a run (its checkpoints are set aside)."""
+    allow_changes: tuple[str, ...] = ()
+    """Flags that may differ from the checkpoint's, such as lr epochs, whatever comes of it."""
     seed: int = 0
     """Seed of weights, data order, crops and stochastic depth."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto takes CUDA when there is a GPU."""
-    logger: Literal["tensorboard", "wandb", "none"] = "tensorboard"
-    """Curves besides log.txt and report.html; --log is the same, but torchrun does not let it through."""
+    logger: tuple[Literal["none", "tensorboard", "wandb", "trackio"], ...] = ("none",)
+    """Mirrors of metrics.jsonl, one or several; W&B is offline unless WANDB_MODE is set. Also --log."""
     log_every: int = 10
     """Steps between log lines."""
     report: bool = True
     """Write report.html at the end and after every evaluation."""
+    hang_timeout: float = 300.0
+    """Seconds without progress in a step or save after which all processes stop; 0 waits for ever."""
     dist_url: str = "env://"
     """Accepted for compatibility; torchrun's environment is used."""
     local_rank: int = 0
@@ -400,15 +406,16 @@ def _flatten(nested: Mapping[str, Any], where: str) -> dict[str, Any]:
         if section and (isinstance(value, Mapping) or name not in _flags()):
             if not isinstance(value, Mapping):
                 raise ConfigError(name, f"expected the flags of this section{where}, got {value!r}")
-            flat.update(value)
-        else:
-            flat[name] = value
+        new = value if section and isinstance(value, Mapping) else {name: value}
+        if twice := flat.keys() & new.keys():
+            raise ConfigError(str(min(twice, key=str)), f"expected one value{where}, got two")
+        flat.update(new)
     return flat
 
 
 def config_to_dict(config: Config) -> dict[str, Any]:
-    """Nested dictionary of plain values, as stored in a checkpoint."""
-    return dataclasses.asdict(config)
+    """Nested dictionary of plain values, as stored in a checkpoint: without the passwords in URLs."""
+    return scrubbed(dataclasses.asdict(config))
 
 
 def config_from_dict(nested: Mapping[str, Any]) -> Config:
@@ -439,8 +446,10 @@ def read_yaml(path: str | os.PathLike[str]) -> dict[str, Any]:
     """Flags of a YAML file, flat or grouped by section, ``preset`` among them; ConfigError names the file."""
     import yaml
 
+    from fastdino import strict_yaml
+
     try:
-        content = yaml.safe_load(Path(path).read_text("utf-8"))
+        content = strict_yaml.read(path)
     except OSError as error:
         raise ConfigError("config", f"cannot read {path}: {error.strerror}") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -531,6 +540,10 @@ def validate(config: Config, world_size: int | None = None) -> None:
             raise ConfigError(
                 "patch_size", f"expected at most --{name} ({size} pixels), got {config.model.patch_size}"
             )
+    if backbone_family(config.model.arch) == "timm":
+        from fastdino.models.timm_model import check_timm
+
+        check_timm(config.model.arch, crops.global_crops_size, config.model.drop_path_rate, sizes)
     optim = config.optim
     if optim.warmup_epochs > optim.epochs:
         raise ConfigError(
@@ -540,13 +553,26 @@ def validate(config: Config, world_size: int | None = None) -> None:
         )
     if not optim.use_fp16 and optim.precision in ("bf16", "fp16"):
         raise ConfigError("precision", f"expected fp32 or auto with --use_fp16 false, got {optim.precision}")
-    if config.run.logger == "wandb" and importlib.util.find_spec("wandb") is None:
-        raise ConfigError("logger", "wandb is not installed (pip install wandb)")
+    _validate_loggers(config.run.logger)
+    for name in config.run.allow_changes:
+        if name not in _flags():
+            hint = _nearest(name, _flags())
+            raise ConfigError("allow_changes", f"expected names of flags, got {name!r}{hint}")
     processes = launched_processes() if world_size is None else world_size
     split_batch(config, processes)
     validate_method(config, processes)
     if parse_mesh(config.engine.mesh, processes) is not None:
         _validate_sharded(config)
+
+
+def _validate_loggers(names: tuple[str, ...]) -> None:
+    if not names or ("none" in names and set(names) != {"none"}):
+        got = " ".join(names) or "nothing"
+        raise ConfigError("logger", f"expected none, or some of the others, got {got}")
+    for name in names:
+        spec = None if name == "none" else importlib.util.find_spec(name)
+        if name != "none" and (spec is None or spec.origin is None):  # a folder of that name is no package
+            raise ConfigError("logger", f"{name} is not installed (pip install {name})")
 
 
 def _validate_model(config: Config) -> None:
@@ -570,7 +596,7 @@ def _validate_model(config: Config) -> None:
 
 
 def _validate_fixed_backbone(config: Config, family: str) -> None:
-    """Flags that a ResNet or a Swin does not have; their defaults mean nothing there and pass."""
+    """Flags that only a ViT, or only some of the others, have; defaults mean nothing elsewhere and pass."""
     model, engine, given = config.model, config.engine, f"with --arch {config.model.arch}"
     for name in ("patch_size", "num_heads", "embed_dim", "depth"):
         value = getattr(model, name)
@@ -585,6 +611,11 @@ def _validate_fixed_backbone(config: Config, family: str) -> None:
     if family == "resnet" and engine.activation_checkpointing != "none":
         got = f"got {engine.activation_checkpointing}: batch norm would count every batch twice"
         raise ConfigError("activation_checkpointing", f"expected none {given}, {got}")
+    if family == "timm" and engine.activation_checkpointing != "none":
+        got = f"got {engine.activation_checkpointing}: its blocks are timm's"
+        raise ConfigError("activation_checkpointing", f"expected none {given}, {got}")
+    if family == "timm" and config.method.method == "esvit":
+        raise ConfigError("method", f"expected another than esvit {given}, which gives no regions")
     if family == "resnet" and model.drop_path_rate not in (0.0, ModelConfig.drop_path_rate):
         got = f"got {model.drop_path_rate:g}: it has no stochastic depth"
         raise ConfigError("drop_path_rate", f"expected 0 {given}, {got}")
@@ -607,8 +638,12 @@ def _validate_sharded(config: Config) -> None:
 
 
 def backbone_family(arch: str) -> str:
-    """``vit``, ``resnet`` or ``swin``; ConfigError with the nearest name for what is none of them."""
+    """``vit``, ``resnet``, ``swin``, or ``timm`` for ``timm:NAME``; ConfigError with the nearest name for
+    what is none of them.
+    """
     arch = ALIASES.get(arch, arch)
+    if arch.startswith("timm:"):
+        return "timm"
     families: dict[str, Mapping[str, Any]] = {"vit": ARCHITECTURES, "resnet": RESNETS, "swin": SWINS}
     for family, members in families.items():
         if arch in members:
@@ -639,7 +674,7 @@ _POSITIVE_INTEGERS = (
 _NOT_NEGATIVE = (
     "bottleneck_dim warmup_teacher_temp_epochs weight_decay weight_decay_end clip_grad freeze_last_layer "
     "lr warmup_epochs min_lr local_crops_number num_workers eval_every saveckp_freq save_every seed "
-    "teacher_temp warmup_teacher_temp epoch_queue_starts"
+    "teacher_temp warmup_teacher_temp epoch_queue_starts hang_timeout"
 ).split()
 _POSITIVE = ("student_temp", "epsilon")
 _FRACTIONS = ("momentum_teacher", "center_momentum")

@@ -53,6 +53,7 @@ def run(out: Path, *, n_train: int = 4000, n_val: int = 1000, **flags: Any) -> d
     from fastdino.engine.trainer import Trainer
     from fastdino.evaluation.jaccard import jaccard, pair_masks
     from fastdino.report import write_report
+    from fastdino.report.neighbours import MOST, spread
 
     trainer = Trainer(config)
     trainer.fit()
@@ -84,6 +85,7 @@ def run(out: Path, *, n_train: int = 4000, n_val: int = 1000, **flags: Any) -> d
         backbone=trained,
         image_paths=[paths[i] for i in shown][:8],
         mask_paths=[masks[i] for i in shown][:8],
+        bank_paths=spread(trainer.manifest.paths, MOST),
         device=device,
     )
     return {

@@ -14,6 +14,7 @@ from fastdino import costs
 from fastdino.config import (
     SWIN_PATCH,
     Config,
+    ConfigError,
     ModelConfig,
     backbone_family,
     backbone_shape,
@@ -80,8 +81,10 @@ class Estimate:
 def estimate(config: Config, images: int | None, world_size: int = 1) -> Estimate:
     """Figures of ``config`` on ``images`` training images (None: unknown) and ``world_size`` processes.
 
-    Raises ConfigError when the batch does not divide.
+    Raises ConfigError when the batch does not divide, and for backbones of timm, whose costs are not known.
     """
+    if backbone_family(config.model.arch) == "timm":
+        raise ConfigError("dry_run", f"expected a backbone of ours, got {config.model.arch}")
     global_batch, micro_batch, micro_batches = split_batch(config, world_size)
     steps_per_epoch = None if images is None else images // global_batch
     total_steps = None
@@ -141,7 +144,7 @@ def flops_per_image(config: Config) -> float:
         (crops.global_crops_size, 2, 2),
         (crops.local_crops_size, crops.local_crops_number, 0),
     ):
-        patch, blocks = _forward_flops(config.model, size)
+        patch, blocks = forward_flops(config.model, size)
         _, products, of_teacher = _head(config)
         rows = 1 + (_regions(config.model, size) if matches_regions(config) else 0)
         total += student * (2 * patch + 3 * (blocks + 2.0 * rows * products))
@@ -259,7 +262,7 @@ def _mlp(widths: tuple[int, ...], use_bn: bool, *, last_bias: bool) -> tuple[int
     return products + hidden + 2 * hidden * use_bn + widths[-1] * last_bias, products
 
 
-def _forward_flops(model: ModelConfig, size: int) -> tuple[float, float]:
+def forward_flops(model: ModelConfig, size: int) -> tuple[float, float]:
     """``(what sees the pixels, the rest)`` of one crop; per block of a ViT linear layers 24 N D^2, attention
     4 N^2 D.
     """

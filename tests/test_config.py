@@ -135,7 +135,8 @@ def test_preset_names_are_forgiving() -> None:
         ("prescan", False, "off"),
         ("data_path", Path("images"), "images"),
         ("batch-size-per-gpu", 8, 8),
-        ("logger", "none", "none"),
+        ("logger", "none", ("none",)),
+        ("logger", "tensorboard,wandb", ("tensorboard", "wandb")),
     ],
 )
 def test_values_from_yaml_and_python_are_converted(flag: str, value: Any, expected: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -105,6 +106,15 @@ class DeviceBuffer:
         event = torch.cuda.Event()
         event.record(torch.cuda.current_stream(self._device))
         return event
+
+
+def resident(images: Sequence[np.ndarray], device: torch.device) -> list[Image]:
+    """The images in memory of their own: on the CPU an array each, on a GPU one block, sent in one copy."""
+    if device.type == "cpu":
+        return [np.array(image) for image in images]
+    packed = torch.from_numpy(np.concatenate([image.reshape(-1) for image in images]))
+    parts = packed.to(device).split([image.size for image in images])
+    return [part.view(image.shape) for part, image in zip(parts, images, strict=True)]
 
 
 def _allocate(

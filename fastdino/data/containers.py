@@ -11,9 +11,9 @@ from __future__ import annotations
 import glob
 import os
 import re
+import stat
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import numpy as np
 
@@ -21,7 +21,7 @@ from fastdino.data import indexing, remote
 from fastdino.data.formats import tar
 from fastdino.data.indexing import Index
 from fastdino.data.manifest import IMAGE_SUFFIXES, Manifest, printable
-from fastdino.data.samples import Members, Shard
+from fastdino.data.samples import Members, Shard, read
 
 ENDINGS = {
     ".tar": "tar",
@@ -172,6 +172,8 @@ def _look_at(paths: list[str], kind: str) -> list[Shard]:
     def look_at(path: str) -> Shard:
         if not remote.is_url(path):
             status = os.stat(path)
+            if not stat.S_ISREG(status.st_mode):
+                raise ValueError(f"--data_path: expected a shard, got no regular file: {printable(path)}")
             return Shard(path, kind, status.st_size, str(status.st_mtime_ns))
         if kind == "lmdb":
             raise ValueError(f"--data_path: {printable(path)}: an LMDB is read from a disk, not by URL")
@@ -244,7 +246,7 @@ def _class_names(shard: str) -> list[str]:
     """The lines of ``classes.txt`` beside the shards, names of class 0, 1, ...; empty without it."""
     file = f"{os.path.dirname(shard)}/{CLASSES_NAME}" if os.path.dirname(shard) else CLASSES_NAME
     try:
-        content = remote.read_all(file) if remote.is_url(file) else Path(file).read_bytes()
+        content = remote.read_all(file) if remote.is_url(file) else read(file)
     except OSError:
         return []
     return [os.fsdecode(line) for line in content.split(b"\n")][:-1]

@@ -6,7 +6,7 @@ import logging
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -14,11 +14,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from fastdino.data.buffers import Image
+from fastdino.data.buffers import Image, resident
 from fastdino.data.manifest import Manifest, printable
 from fastdino.data.prescan import INSTALL_DALI, decode, fetch, inspect, line
 from fastdino.data.remote import is_url
 from fastdino.data.samples import Members
+from fastdino.data.threads import Pool
 
 READERS, REMOTE_READERS = 8, 32
 """Threads that read; an object store answers late, but many at once."""
@@ -124,13 +125,12 @@ class ReadAhead:
     def __init__(self, paths: Sequence[str], ids: Callable[[int], np.ndarray]) -> None:
         self._paths, self._ids = paths, ids
         far = isinstance(paths, Members) and is_url(paths.shards[0].path)
-        self._pool = ThreadPoolExecutor(
-            REMOTE_READERS if far else READERS, thread_name_prefix="fastdino-read"
-        )
+        self._pool = Pool(REMOTE_READERS if far else READERS, "fastdino-read")
         self._pending: dict[int, tuple[np.ndarray, list[Future[tuple[bytes, str]]]]] = {}
 
     def take(self, index: int) -> tuple[np.ndarray, list[tuple[bytes, str]]]:
-        """Samples of batch `index`, and the bytes of each or what is wrong with it."""
+        """Samples of batch `index`, and the bytes of each or what is wrong with it. CancelledError if another
+        thread closes it meanwhile."""
         for ahead in range(index, index + READ_AHEAD + 1):
             if ahead not in self._pending:
                 ids = self._ids(ahead)
@@ -140,7 +140,7 @@ class ReadAhead:
         return ids, [future.result() for future in futures]
 
     def close(self) -> None:
-        self._pool.shutdown(wait=False, cancel_futures=True)
+        self._pool.close()
         self._pending.clear()
 
 
@@ -170,6 +170,8 @@ class ImageSource:
         self._index = 0
         self._pipeline: Any = None
         self._reader: ReadAhead | None = None
+        self._inner: ImageSource | None = None  # of decode_all
+        self._interrupted = False
         self._used: deque[np.ndarray] = deque()  # samples of the batches that DALI was given
 
     def next(self) -> tuple[list[Image], np.ndarray]:
@@ -212,8 +214,18 @@ class ImageSource:
             self._reader.close()
             self._reader = None
 
-    def decode_all(self, stop: Callable[[], bool]) -> list[np.ndarray]:
-        """Every image of the manifest, decoded once, on the CPU. When `stop()` turns true, those so far."""
+    def interrupt(self) -> None:
+        """From another thread: make what waits for a read raise CancelledError, now and from now on."""
+        self._interrupted = True
+        for waiting in (self._reader, self._inner):
+            if isinstance(waiting, ReadAhead):
+                waiting.close()
+            elif waiting is not None:
+                waiting.interrupt()
+
+    def decode_all(self, stop: Callable[[], bool]) -> list[Image]:
+        """Every image of the manifest, decoded once, by the CPU, and kept on the source's device. When
+        `stop()` turns true, those so far."""
         started = time.perf_counter()
         n, batch_size = len(self.manifest), 64
         n_batches = -(-n // batch_size)
@@ -222,16 +234,18 @@ class ImageSource:
             first = index % n_batches * batch_size  # some batches beyond the last are asked for
             return np.arange(first, min(first + batch_size, n))
 
-        decoded: list[np.ndarray] = []
+        decoded: list[Image] = []
         reader = ImageSource(
             self.manifest, in_order, batch_size, self._num_threads, replacements=self.replacements
         )
+        self._inner = reader
         with closing(reader):
             while len(decoded) < n and not stop():
-                decoded += [np.array(image) for image in reader.next()[0]]
+                decoded += resident([np.asarray(image) for image in reader.next()[0]], self._device)
         megabytes = sum(image.nbytes for image in decoded) / 2**20
         seconds = time.perf_counter() - started
-        log.info("%d images decoded into %.0f MiB of memory in %.1f s", len(decoded), megabytes, seconds)
+        where = "memory" if self._device.type == "cpu" else f"memory of {self._device}"
+        log.info("%d images decoded into %.0f MiB of %s in %.1f s", len(decoded), megabytes, where, seconds)
         return decoded
 
     def _run(self) -> list[Image]:
@@ -247,6 +261,8 @@ class ImageSource:
         self._reader = ReadAhead(
             self.manifest.paths, lambda index: self.replacements.resolve(self._batches(index))
         )
+        if self._interrupted:
+            self._reader.close()
         on_gpu = self._device.type == "cuda"
         # Chroma as the CPU decoder makes it; the part of the hardware decoder is DALI's advice.
         options = {"jpeg_fancy_upsampling": True, "hw_decoder_load": 0.65} if on_gpu else {}

@@ -11,17 +11,16 @@ import hashlib
 import io
 import logging
 import os
-import zipfile
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from fastdino.data import remote, samples
+from fastdino.data import npz, remote, samples
 from fastdino.data.formats import lmdb_file, recordio, tar, tfrecord
 from fastdino.data.formats.window import Entry, Malformed, Window
-from fastdino.data.manifest import printable
+from fastdino.data.manifest import one_line, printable
 from fastdino.data.progress import track
 from fastdino.data.samples import Shard
 from fastdino.data.threads import threads
@@ -29,6 +28,7 @@ from fastdino.data.threads import threads
 INDEX_NAME = "index.npz"
 THREADS = 8
 """That look at shards or index them."""
+_COLUMNS = ("offsets", "lengths", "key_ends", "label_ends")
 _LOCAL_BLOCK, _REMOTE_BLOCK = 1 << 12, 1 << 22  # bytes read at once while indexing
 
 log = logging.getLogger(__name__)
@@ -50,7 +50,7 @@ def index_shard(shard: Shard) -> Index:
     try:
         entries = list(_entries(shard))
     except Malformed as error:
-        raise Malformed(f"--data_path: {printable(str(error))}") from error
+        raise Malformed(f"--data_path: {one_line(str(error))}") from error
     except (OSError, ImportError) as error:
         if isinstance(error, OSError) and not remote.is_url(shard.path):
             raise OSError(error.errno, f"--data_path: {printable(shard.path)}: {error.strerror}") from error
@@ -87,7 +87,7 @@ def _scan(window: Window, shard: Shard) -> Iterator[Entry]:
         listing = os.path.splitext(shard.path)[0] + ".idx"
         known = not remote.is_url(listing) and os.path.isfile(listing)
         yield from recordio.index(
-            window, recordio.read_idx(listing, Path(listing).read_bytes()) if known else None
+            window, recordio.read_idx(listing, samples.read(listing)) if known else None
         )
     else:
         yield from (tar if shard.kind == "tar" else tfrecord).index(window)
@@ -134,7 +134,7 @@ def save(known: dict[Shard, Index], file: Path, name: Callable[[str], str] = os.
     indices = list(known.values())
     columns: dict[str, Any] = {
         field: np.concatenate([getattr(index, field) for index in indices] or [np.zeros(0, np.int64)])
-        for field in ("offsets", "lengths", "key_ends", "label_ends")
+        for field in _COLUMNS
     }
     with open(temporary, "wb") as out:
         np.savez(
@@ -154,12 +154,14 @@ def save(known: dict[Shard, Index], file: Path, name: Callable[[str], str] = os.
 def _load(file: Path | io.BytesIO) -> dict[tuple[str, int, str], Index]:
     """The indices of a cache by path, size and stamp of their shards."""
     try:
-        with np.load(file, allow_pickle=False) as cache:
-            columns = {name: cache[name] for name in ("offsets", "lengths", "key_ends", "label_ends")}
-            paths, stamps = (cache[name].tobytes().split(b"\0") for name in ("shards", "stamps"))
-            numbers, keys, labels = (cache["numbers"], cache["keys"].tobytes(), cache["labels"].tobytes())
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
-        log.warning("cannot read the index %s (%s): all shards are indexed again", file, error)
+        cache = npz.load(file, ("shards", "stamps", "numbers", "keys", "labels", *_COLUMNS))
+        columns = {name: cache[name] for name in _COLUMNS}
+        paths, stamps = (cache[name].tobytes().split(b"\0") for name in ("shards", "stamps"))
+        numbers, keys, labels = (cache["numbers"], cache["keys"].tobytes(), cache["labels"].tobytes())
+        _check_totals(numbers, columns, keys, labels)
+    except (FileNotFoundError, ValueError) as error:
+        name = printable(str(file))
+        log.warning("cannot read the index %s (%s): all shards are indexed again", name, error)
         return {}
     indices: dict[tuple[str, int, str], Index] = {}
     row = key = label = 0
@@ -173,9 +175,34 @@ def _load(file: Path | io.BytesIO) -> dict[tuple[str, int, str], Index]:
             labels[label : label + n_labels],
             rows["label_ends"],
         )
-        indices[os.fsdecode(path), size, stamp.decode()] = index
+        if _fits(index, size):
+            indices[os.fsdecode(path), size, stamp.decode(errors="replace")] = index
         row, key, label = row + n, key + n_keys, label + n_labels
     return indices
+
+
+def _check_totals(numbers: np.ndarray, columns: dict[str, np.ndarray], keys: bytes, labels: bytes) -> None:
+    """ValueError unless the sizes of all shards add up to those of the columns."""
+    kinds = {column.dtype for column in (numbers, *columns.values())}
+    if numbers.ndim != 2 or numbers.shape[1] != 4 or kinds != {np.dtype(np.int64)} or (numbers < 0).any():
+        raise ValueError("expected int64 columns and four numbers of each shard")
+    totals = [int(total) for total in numbers.sum(0)[1:]]
+    if any(column.shape != (totals[0],) for column in columns.values()):
+        raise ValueError(f"expected columns of {totals[0]} numbers")
+    if [len(keys), len(labels)] != totals[1:]:
+        raise ValueError(f"expected {totals[1]} bytes of keys and {totals[2]} of labels")
+
+
+def _fits(index: Index, size: int) -> bool:
+    """Whether the index of a shard of `size` bytes points into it, and into its own keys and labels."""
+    return (
+        all(
+            (np.diff(ends, prepend=0) >= 0).all() and (ends[-1] if len(ends) else 0) == len(text)
+            for ends, text in ((index.key_ends, index.keys), (index.label_ends, index.labels))
+        )
+        and ((index.offsets >= 0) & (index.offsets <= size)).all()
+        and (np.abs(index.lengths) <= size - index.offsets).all()
+    )
 
 
 def _beside(shards: list[Shard]) -> dict[Shard, Index]:
@@ -206,4 +233,4 @@ def _join(names: Iterable[bytes]) -> np.ndarray:
 
 
 def _absolute(path: str) -> str:
-    return path if remote.is_url(path) else os.path.abspath(path)
+    return remote.known_as(path) if remote.is_url(path) else os.path.abspath(path)

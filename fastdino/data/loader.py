@@ -57,7 +57,8 @@ class MultiCropLoader:
     waited for). "auto" is "gpu" where that can be done (`finishes_on_gpu`).
 
     `num_threads` (0: all cores) threads decode and as many finish. `cache_decoded` keeps all decoded images
-    in memory (see `wants_cache`).
+    in memory, of the GPU if it finishes them: then a step uploads its crops' parameters alone (see
+    `wants_cache`).
 
     A sample that turns out to be unreadable is replaced for good by the next readable one of the manifest,
     logged and named in `replaced`, and listed in the file `bad_files`; the number of steps stays the same. If
@@ -260,7 +261,10 @@ def _stop(producer: _Producer, thread: threading.Thread) -> None:
     producer.stopping = True
     producer.free.put(None)
     if thread is not threading.current_thread():  # the garbage collector may run in any thread
-        thread.join()
+        thread.join(0.5)
+        if thread.is_alive():  # in the middle of a batch, or of a read that never ends
+            producer.images.interrupt()
+            thread.join(5.0)
     while not producer.ready.empty():
         producer.ready.get()
     producer.ready.put(RuntimeError("MultiCropLoader: asked for a batch after close()"))
@@ -299,21 +303,30 @@ def _lacks_for_gpu(device: torch.device) -> str:
 # ---------------------------------------------------------------------------------------------- decoded cache
 
 
-def wants_cache(manifest: Manifest, choice: Literal["auto", "on", "off"], num_threads: int) -> bool:
-    """Whether to keep all decoded images in memory; ``choice`` is the flag ``--cache_decoded``.
+def wants_cache(
+    manifest: Manifest,
+    choice: Literal["auto", "on", "off"],
+    num_threads: int,
+    gpu: torch.device | None = None,
+) -> bool:
+    """Whether to keep all decoded images in memory, that of ``gpu`` if one finishes them; ``choice`` is the
+    flag ``--cache_decoded``.
 
     "auto" does where they take at most `CACHE_LIMIT` and a quarter of the free memory, per process. Raises
     ValueError if the choice is "on" and they do not fit into the free memory.
     """
     if choice == "off":
         return False
-    free = free_memory() // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # every process keeps its own
+    if gpu is None:
+        free = free_memory() // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # every process keeps its own
+    else:
+        free = torch.cuda.mem_get_info(gpu)[0]
     limit = free if choice == "on" else min(free // 4, CACHE_LIMIT)
     needed = _decoded_bytes(manifest, limit, num_threads)
     if choice == "on" and needed > limit:
         raise ValueError(
             f"--cache_decoded on: the decoded images take at least {needed / 2**30:.1f} GiB per process, "
-            f"expected at most the free {free / 2**30:.1f} GiB"
+            f"expected at most the free {free / 2**30:.1f} GiB{'' if gpu is None else f' of {gpu}'}"
         )
     return needed <= limit
 

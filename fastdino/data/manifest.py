@@ -13,13 +13,16 @@ from __future__ import annotations
 
 import os
 import stat
-from collections import Counter
-from collections.abc import Sequence
+from array import array
+from collections import Counter, deque
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 
+from fastdino.data.paths import Files
 from fastdino.data.remote import without_secrets
 from fastdino.data.samples import Members
 
@@ -51,7 +54,7 @@ class Manifest:
         return Manifest(
             paths=(
                 self.paths.select(indices)
-                if isinstance(self.paths, Members)
+                if isinstance(self.paths, Members | Files)
                 else [self.paths[i] for i in indices]
             ),
             labels=None if self.labels is None else self.labels[indices],
@@ -83,6 +86,8 @@ def build_manifest(data_path: str | os.PathLike[str], progress: bool = True) -> 
         mode = os.stat(root).st_mode
     except (FileNotFoundError, NotADirectoryError):
         raise FileNotFoundError(f"--data_path: no such file or folder: {printable(root)}") from None
+    except OSError as error:  # a link to itself, a name too long, a disk that has gone
+        raise OSError(error.errno, f"--data_path: {printable(root)}: {error.strerror}") from None
     if stat.S_ISDIR(mode):
         return _from_folder(root)
     if stat.S_ISREG(mode):
@@ -91,10 +96,21 @@ def build_manifest(data_path: str | os.PathLike[str], progress: bool = True) -> 
 
 
 def printable(path: str) -> str:
-    """`path` as text that any terminal or UTF-8 file takes: undecodable bytes and control characters
-    escaped, secrets in URLs left out."""
-    text = without_secrets(os.fsencode(path).decode("utf-8", "backslashreplace"))
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+    """`path` as one line that any terminal or UTF-8 file takes and that tells its bytes: backslashes doubled,
+    undecodable bytes ``\\xff``, control characters ``\\n`` or ``\\u202e``. Secrets in URLs are left out.
+    """
+    return one_line(path.replace("\\", "\\\\"))
+
+
+def one_line(text: str) -> str:
+    """The same of a message, with backslashes as they are."""
+    return "".join(c if c.isprintable() else _escaped(c) for c in without_secrets(text))
+
+
+def _escaped(c: str) -> str:
+    if 0xDC80 <= ord(c) <= 0xDCFF:  # how Python holds a byte that is no UTF-8
+        return f"\\x{ord(c) - 0xDC00:02x}"
+    return f"\\u{ord(c):04x}" if 0x80 <= ord(c) <= 0xFF else c.encode("unicode_escape").decode()
 
 
 def _is_image_name(name: str) -> bool:
@@ -106,74 +122,96 @@ def _is_image_name(name: str) -> bool:
 
 def _from_folder(root: str) -> Manifest:
     passed_over: Counter[str] = Counter()
-    names, folders = _scan(root, passed_over)
+    names, folders, links = _scan(root, passed_over)
     identity = _identity(root)
     if names:
-        return Manifest(_walk(root, {identity}, passed_over), None, [], root)
+        return Manifest(Files.of(_walk([root], set(), passed_over)[0]), None, [], root)
 
     # A link back to the root is no class, and one deeper down is not entered: it would put every image there.
-    folders = [folder for folder in folders if _identity(folder) != identity]
-    paths: list[str] = []
-    labels: list[int] = []
-    for label, folder in enumerate(folders):
-        images = _walk(folder, {identity, _identity(folder)}, passed_over)
-        paths += images
-        labels += [label] * len(images)
+    folders = sorted(folder for folder in folders + links if _identity(folder) != identity)
+    images = _walk(folders, {identity}, passed_over)
+    paths = [path for of_class in images for path in of_class]
     if not paths:
         raise ValueError(
             f"--data_path: no images in {printable(root)}: found {_describe(len(folders), passed_over)}; "
             f"expected files ending in {' '.join(IMAGE_SUFFIXES)}"
         )
-    class_names = [os.path.basename(folder) for folder in folders]
-    return Manifest(paths, np.asarray(labels, np.int64), class_names, root)
+    labels = np.repeat(np.arange(len(folders), dtype=np.int64), [len(of_class) for of_class in images])
+    return Manifest(Files.of(paths), labels, [os.path.basename(folder) for folder in folders], root)
 
 
-def _walk(top: str, visited: set[tuple[int, int]], passed_over: Counter[str]) -> list[str]:
-    """Image paths under `top`, sorted by folder, then by name. `visited` holds (device, inode) of folders not
-    to enter."""
-    found: dict[str, list[str]] = {}
-    pending = [top]
-    while pending:
-        folder = pending.pop()
-        found[folder], subfolders = _scan(folder, passed_over)
-        for subfolder in reversed(subfolders):
-            identity = _identity(subfolder)
-            if identity in visited:
-                passed_over["folder reached twice through a symbolic link"] += 1
-            else:
-                visited.add(identity)
-                pending.append(subfolder)
-    return [os.path.join(folder, name) for folder in sorted(found) for name in found[folder]]
+def _walk(tops: list[str], visited: set[tuple[int, int]], passed_over: Counter[str]) -> list[list[str]]:
+    """Image paths under each of `tops`, sorted by folder, then by name. No folder below them is entered
+    twice; links to folders are followed when all others are known. `visited` holds (device, inode) of those
+    not to enter.
+    """
+    found: list[dict[str, list[str]]] = [{} for _ in tops]
+    visited = visited | set(map(_identity, tops))
+
+    def enters(folder: str) -> bool:
+        identity = _identity(folder)
+        if identity in visited:
+            passed_over["folder reached twice through a symbolic link"] += 1
+            return False
+        visited.add(identity)
+        return True
+
+    pending, links = deque(enumerate(tops)), deque[tuple[int, str]]()
+    while pending or links:
+        if pending:
+            top, folder = pending.popleft()
+        else:
+            top, folder = links.popleft()
+            if not enters(folder):
+                continue
+        found[top][folder], subfolders, linked = _scan(folder, passed_over)
+        pending.extend((top, subfolder) for subfolder in subfolders if enters(subfolder))
+        links.extend((top, link) for link in linked)
+    return [
+        [os.path.join(folder, name) for folder in sorted(of_top) for name in of_top[folder]]
+        for of_top in found
+    ]
 
 
-def _scan(folder: str, passed_over: Counter[str]) -> tuple[list[str], list[str]]:
-    """Sorted image file names and sorted paths of the subfolders of one folder."""
+def _scan(folder: str, passed_over: Counter[str]) -> tuple[list[str], list[str], list[str]]:
+    """Of one folder: sorted image file names, sorted paths of its subfolders and of its links to folders."""
     # os.path for links because DirEntry raises on one that points at itself; DirEntry for the rest because it
     # needs no stat.
     names: list[str] = []
     subfolders: list[str] = []
-    with os.scandir(folder) as entries:
+    links: list[str] = []
+    with _naming(folder), os.scandir(folder) as entries:
         for entry in entries:
             if entry.name.startswith("."):
                 passed_over["hidden"] += 1
             elif os.path.isdir(entry.path) if entry.is_symlink() else entry.is_dir():
-                subfolders.append(entry.path)
+                (links if entry.is_symlink() else subfolders).append(entry.path)
             elif not _is_image_name(entry.name):
                 passed_over[os.path.splitext(entry.name)[1].lower() or "no ending"] += 1
             elif os.path.isfile(entry.path) if entry.is_symlink() else entry.is_file():
                 names.append(entry.name)
             else:
                 passed_over["broken link" if entry.is_symlink() else "not a regular file"] += 1
-    return sorted(names), sorted(subfolders)
+    return sorted(names), sorted(subfolders), sorted(links)
 
 
 def _identity(folder: str) -> tuple[int, int]:
-    status = os.stat(folder)
+    with _naming(folder):
+        status = os.stat(folder)
     return status.st_dev, status.st_ino
 
 
+@contextmanager
+def _naming(folder: str) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        reason = f"--data_path: cannot list the folder {printable(folder)}: {error.strerror}"
+        raise type(error)(error.errno, reason) from None
+
+
 def _describe(n_folders: int, passed_over: Counter[str]) -> str:
-    seen = ", ".join(f"{count} x {printable(reason)}" for reason, count in passed_over.most_common(5))
+    seen = ", ".join(f"{count} x {one_line(reason)}" for reason, count in passed_over.most_common(5))
     return f"{n_folders} folders and {f'passed over {seen}' if seen else 'no files'}"
 
 
@@ -188,35 +226,50 @@ def _from_list(root: str) -> Manifest:
             f"--data_path: expected a folder, a text file with one path per line or an uncompressed shard "
             f"(.tar .tfrecord .rec .mdb), got {kind}: {printable(root)}"
         )
-    lines = [(number, line.rstrip(b"\r")) for number, line in enumerate(content.split(b"\n"), start=1)]
-    lines = [(number, line) for number, line in lines if line.strip()]
-    if not lines:
+    spans = array("q")
+    of_name: dict[bytes, int] = {}  # label -> number, as they come
+    numbers = array("q")
+    for number, (begin, end) in enumerate(_lines(content), start=1):
+        if not content[begin:end].strip():
+            continue
+        tab = content.find(b"\t", begin, end)
+        if (tab >= 0) != bool(numbers) and spans:
+            raise ValueError(
+                f"--data_path: {printable(root)} line {number}: expected a tab and a label on every line "
+                f"or on none, got {printable(os.fsdecode(content[begin:end]))}"
+            )
+        spans.extend((begin, end if tab < 0 else tab))
+        if tab >= 0:
+            numbers.append(of_name.setdefault(content[tab + 1 : end].strip(), len(of_name)))
+    if not spans:
         raise ValueError(
             f"--data_path: expected one image path per line, got an empty list: {printable(root)}"
         )
-
-    base = os.path.dirname(root)
-    paths: list[str] = []
-    names: list[str] = []
-    for number, line in lines:
-        path, tab, label = line.partition(b"\t")
-        if bool(tab) != bool(names) and paths:
-            raise ValueError(
-                f"--data_path: {printable(root)} line {number}: expected a tab and a label on every line "
-                f"or on none, got {printable(os.fsdecode(line))}"
-            )
-        paths.append(os.path.join(base, os.fsdecode(path)))
-        if tab:
-            names.append(os.fsdecode(label.strip()))
+    paths = Files(content, np.array(spans, np.int64).reshape(-1, 2), os.path.dirname(root))
     if not any(map(os.path.isfile, paths)):
         raise FileNotFoundError(
             f"--data_path: none of the {len(paths)} files in the list {printable(root)} exists; "
             f"the first one was looked for at {printable(os.path.abspath(paths[0]))}"
         )
-    if not names:
+    if not of_name:
         return Manifest(paths, None, [], root)
     # Numbers sort as numbers, so that "10" follows "9" and labels written as 0..n-1 keep their values.
+    names = [os.fsdecode(name) for name in of_name]
     numeric = all(name.isascii() and name.isdigit() for name in names)
-    class_names = sorted(set(names), key=int if numeric else None)
-    index = {name: i for i, name in enumerate(class_names)}
-    return Manifest(paths, np.array([index[name] for name in names], np.int64), class_names, root)
+    class_names = sorted(names, key=int if numeric else None)
+    place = {name: i for i, name in enumerate(class_names)}
+    labels = np.array([place[name] for name in names], np.int64)[np.array(numbers, np.int64)]
+    return Manifest(paths, labels, class_names, root)
+
+
+def _lines(content: bytes) -> Iterator[tuple[int, int]]:
+    """Where each line begins and ends, without the carriage returns of other systems."""
+    begin = 0
+    while begin <= len(content):
+        end = following = content.find(b"\n", begin)
+        if end < 0:
+            end = following = len(content)
+        while end > begin and content[end - 1] == 13:
+            end -= 1
+        yield begin, end
+        begin = following + 1

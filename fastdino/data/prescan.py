@@ -11,21 +11,18 @@ from __future__ import annotations
 import logging
 import os
 import threading
-import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
-from fastdino.data.manifest import Manifest, printable
+from fastdino.data import headers, npz
+from fastdino.data.manifest import Manifest, one_line, printable
 from fastdino.data.progress import track
-from fastdino.data.remote import is_url
+from fastdino.data.remote import is_url, known_as
 from fastdino.data.samples import read, stamp
 from fastdino.data.threads import threads
-
-MAX_PIXELS = 178_956_970
-"""Largest image accepted, judged by its header (Pillow's limit for decompression bombs, 512 MiB as RGB)."""
 
 INSTALL_DALI = (
     "pip install 'fastdino[dali-cu13]' (no GPU, or driver 580 and later) or "
@@ -141,8 +138,7 @@ def _open(path: str) -> tuple[bytes, Verdict, Any]:
     except RuntimeError:
         reason = f"not an image, or cut short (the file starts with {content[:8]!r})"
         return content, Verdict(0, 0, reason), None
-    if height * width > MAX_PIXELS:
-        reason = f"{width} x {height} pixels, more than the limit of {MAX_PIXELS:,}"
+    if reason := headers.refusal(stream.codec_name, height, width, content):
         return content, Verdict(0, 0, reason), None
     return content, Verdict(height, width, ""), stream
 
@@ -226,27 +222,28 @@ def _report(bad: list[tuple[str, str]], total: int, path: Path) -> None:
 
 def line(path: str, reason: str) -> str:
     """A bad image as messages and lists name it."""
-    return f"{printable(path)}: {reason}"
+    return f"{printable(path)}: {one_line(reason)}"
 
 
 # ------------------------------------------------------------------------------------------------------ cache
 
 
 def _key(path: str) -> bytes:
-    key = os.fsencode(path if is_url(path) else os.path.abspath(path))
+    key = os.fsencode(known_as(path) if is_url(path) else os.path.abspath(path))
     return key.replace(b"\0", b"\\0")  # as only keys of an LMDB may have it
 
 
 def _load_cache(path: Path, paths: Sequence[str], stamps: list[tuple[int, int]]) -> list[Verdict | None]:
     """The verdicts that still hold, None for files that are new or have changed."""
     try:
-        with np.load(path, allow_pickle=False) as cache:
-            keys = cache["paths"].tobytes().split(b"\0")
-            cached_stamps, sizes = cache["stamps"].tolist(), cache["sizes"].tolist()
-            reasons = cache["reasons"].tobytes().decode().split("\0")
+        cache = npz.load(path, ("paths", "stamps", "sizes", "reasons"))
+        keys = cache["paths"].tobytes().split(b"\0")
+        cached_stamps = cache["stamps"].reshape(-1, 2).tolist()
+        sizes = cache["sizes"].reshape(-1, 2).tolist()
+        reasons = cache["reasons"].tobytes().decode().split("\0")
     except FileNotFoundError:
         return [None] * len(paths)
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+    except ValueError as error:
         log.warning("cannot read %s (%s): all images are checked again", printable(str(path)), error)
         return [None] * len(paths)
     cached = dict(zip(keys, zip(cached_stamps, sizes, reasons, strict=False), strict=False))

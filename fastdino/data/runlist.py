@@ -25,15 +25,23 @@ def names(manifest: Manifest) -> list[str]:
     however its shards are spelled, as a folder or as a pattern."""
     if isinstance(manifest.paths, Members):
         return list(manifest.paths.names(folder_of(manifest.root)))
-    return [_name(path, manifest.root) for path in manifest.paths]
+    folders: dict[str, str] = {}
+    return [_name(path, manifest.root, folders) for path in manifest.paths]
 
 
-def _name(path: str, root: str) -> str:
+def _name(path: str, root: str, folders: dict[str, str]) -> str:
+    """``folders`` keeps those of folders relative to ``root``, which cost most."""
     if isinstance(path, Missing):
         return str(path)
     if isinstance(path, Member):
         return f"{os.path.relpath(path.shard.path, folder_of(root))}/{os.fsdecode(path.key)}"
-    return os.path.relpath(path, root)
+    folder, _, name = path.rpartition("/")
+    if not folder or name in ("", ".", ".."):
+        return os.path.relpath(path, root)
+    if folder not in folders:
+        below = os.path.relpath(folder, root)
+        folders[folder] = "" if below == "." else f"{below}/"
+    return folders[folder] + name
 
 
 def write(manifest: Manifest) -> str:
@@ -49,7 +57,10 @@ def reconcile(found: Manifest, file: Path) -> Manifest:
     Missing images keep their place, with size 0; the loader replaces them by readable ones. New images make
     it another data set: it is returned as found, and resuming tells the difference."""
     saved = json.loads(file.read_text())
-    index = {name: i for i, name in enumerate(names(found))}
+    now = names(found)
+    if now == saved["names"]:
+        return found
+    index = {name: i for i, name in enumerate(now)}
     gone = [name for name in saved["names"] if name not in index]
     if not gone or len(index) + len(gone) != len(saved["names"]):
         return found

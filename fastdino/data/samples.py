@@ -14,19 +14,21 @@ import hashlib
 import os
 import stat
 import threading
+import time
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Protocol, overload
 
 import numpy as np
 
 from fastdino.data import remote
 from fastdino.data.formats import recordio
+from fastdino.data.headers import MAX_PIXELS
 
-MAX_BYTES = 8 * 178_956_970
-"""Largest encoded image that is read: `prescan.MAX_PIXELS` of 16-bit RGBA."""
+MAX_BYTES = 8 * MAX_PIXELS
+"""Largest encoded image that is read: one of 16-bit RGBA, not compressed."""
+_PAUSES = (0.0, 0.05)  # seconds before the second and the third try
 MAX_OPEN = 256
 """Shards kept open at a time, far below the usual limit of 1024 files."""
 
@@ -136,17 +138,21 @@ class Members(Sequence[str]):
 def read(path: str) -> bytes:
     """The encoded image at `path`, a file or a `Member`.
 
-    What fails is tried once more, a shard after it was opened anew: that mends what a server that restarts or
-    a stale handle breaks. Raises OSError, whose ``strerror`` says what is wrong.
+    What fails is tried twice more, a shard after it was opened anew: that mends what a restarted server or a
+    stale handle breaks. Raises OSError, whose ``strerror`` says what is wrong.
     """
-    try:
-        return _read(path)
-    except (FileNotFoundError, IsADirectoryError, NotADirectoryError, PermissionError):
-        raise
-    except OSError:
-        if isinstance(path, Member):
-            _handles.forget(path.shard)
-        return _read(path)
+    for pause in _PAUSES:
+        try:
+            return _read(path)
+        except (FileNotFoundError, IsADirectoryError, NotADirectoryError, PermissionError):
+            raise
+        except OSError as error:
+            if error.errno in (errno.EINVAL, errno.EFBIG):  # what it is, not what happened to it
+                raise
+            if isinstance(path, Member):
+                _handles.forget(path.shard)
+            time.sleep(pause)
+    return _read(path)
 
 
 def stamp(path: str) -> tuple[int, int]:
@@ -165,11 +171,7 @@ def _read(path: str) -> bytes:
     if isinstance(path, Missing):
         raise FileNotFoundError(errno.ENOENT, "no longer in its container")
     if not isinstance(path, Member):
-        status = os.stat(path)
-        if not stat.S_ISREG(status.st_mode) and not stat.S_ISDIR(status.st_mode):
-            raise OSError(errno.EINVAL, "not a regular file")  # a pipe would be waited for
-        _check_size(status.st_size)
-        return Path(path).read_bytes()
+        return _read_file(path)
     _check_size(abs(path.length))
     content = _handles.get(path.shard).read(path.key, path.offset, abs(path.length))
     if len(content) != abs(path.length):
@@ -184,6 +186,31 @@ def _read(path: str) -> bytes:
         return recordio.image(content)
     except ValueError as error:
         raise OSError(errno.EIO, f"offset {path.offset} of the shard: {error}") from error
+
+
+def _read_file(path: str) -> bytes:
+    _check_kind(os.stat(path).st_mode)
+    # Should it have become a pipe since: opening one waits for a writer, but not so.
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    try:
+        status = os.fstat(descriptor)
+        _check_kind(status.st_mode)
+        _check_size(status.st_size)
+        content = pread(descriptor, status.st_size, 0)
+    finally:
+        os.close(descriptor)
+    if len(content) != status.st_size:
+        raise OSError(
+            errno.EIO, f"cut short while it was read: expected {status.st_size} bytes, got {len(content)}"
+        )
+    return content
+
+
+def _check_kind(mode: int) -> None:
+    if stat.S_ISDIR(mode):
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+    if not stat.S_ISREG(mode):
+        raise OSError(errno.EINVAL, "not a regular file")
 
 
 def _check_size(size: int) -> None:

@@ -14,7 +14,7 @@ from fastdino.engine.graph import GraphStep
 from fastdino.engine.optim import Updater
 from fastdino.engine.step import TrainStep
 from fastdino.methods import DINO, Method, build_method
-from fastdino.models import Backbone, ResNet, VisionTransformer
+from fastdino.models import Backbone, ResNet, TimmBackbone, VisionTransformer
 from fastdino.models.attention import describe_attention, resolve_attention
 from fastdino.models.batch_norm import synchronise_batch_norm
 from fastdino.models.linear import attach_low_precision
@@ -93,7 +93,7 @@ def build(config: Config, world: parallel.World | None = None, *, accumulate: in
     method = build_method(config).to(device)
     if world.size > 1:  # batch statistics over all processes, as officially
         synchronise_batch_norm(method)
-    if not isinstance(method.student.backbone, ResNet):
+    if not isinstance(method.student.backbone, (ResNet, TimmBackbone)):
         method.student.backbone.checkpointing = engine.activation_checkpointing
     by_itself = device.type == "cuda" and attention != "xformers"  # whose masks cannot be traced
     compiled = engine.compile == "on" or (engine.compile == "auto" and by_itself)
@@ -125,7 +125,9 @@ def build(config: Config, world: parallel.World | None = None, *, accumulate: in
 
 
 def _attention(config: Config, device: torch.device, dtype: torch.dtype) -> str:
-    """The backend that computes a ViT's attention; a Swin leaves the choice to PyTorch, a ResNet has none."""
+    """The backend that computes a ViT's attention; a Swin leaves the choice to PyTorch, others have none of
+    ours.
+    """
     if backbone_family(config.model.arch) != "vit":
         return "sdpa" if backbone_family(config.model.arch) == "swin" else "none"
     width, _, heads = backbone_shape(config.model)

@@ -4,7 +4,7 @@ used.
 A checkpoint ``<root>/step-00000123/`` holds ``model.safetensors``, ``optimizer.safetensors``, ``meta.json``
 and, written last, ``manifest.json`` with the size and SHA-256 of the others. Everything is written to a
 hidden temporary directory, flushed to the disk and renamed, so a crash at any point leaves either the old set
-of checkpoints or the new one. No pickle is written or read.
+of checkpoints or the new one. No pickle is written or read. State with NaN or infinity in it is never saved.
 
 Where processes hold pieces of tensors, each writes ``model-00001-of-00004.safetensors`` and
 ``optimizer-...`` with its own rows, and then ``rank-00002.json`` with their sizes and hashes; rank 0 waits
@@ -16,100 +16,59 @@ from __future__ import annotations
 import copy
 import errno
 import hashlib
-import io
 import json
-import os
-import shutil
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors.torch import load as _tensors_from_bytes
-
+from fastdino.engine.disk import MAY_PASS, Disk, ignoring_errors, make_directories, patiently, remove_all
 from fastdino.engine.pieces import (
     CheckpointError,
     HostCopies,
+    NotFiniteError,
     Piece,
-    Span,
     State,
     check_files,
-    check_tiling,
+    check_finite,
     is_sharded,
-    kind_of,
+    nbytes,
     own,
-    read_spans,
     to_bytes,
 )
+from fastdino.engine.stored import (
+    FORMAT,
+    MANIFEST,
+    META,
+    SAVING,
+    SHARDED_FORMAT,
+    UnreadableError,
+    canonical,
+    checkpoints,
+    latest,
+    load,
+    prune,
+    put_aside,
+    read_meta,
+    remove_unfinished,
+    seal,
+    set_aside,
+    step_of,
+    verify,
+)
 
-__all__ = ["CheckpointError", "Disk", "Piece", "Saver", "State", "checkpoints", "latest", "load", "prune"]
-__all__ += ["read_meta", "remove_unfinished", "save", "set_aside", "step_of", "verify"]
+__all__ = ["CheckpointError", "Disk", "NotFiniteError", "Piece", "Saver", "State", "UnreadableError"]
+__all__ += ["FORMAT", "SHARDED_FORMAT", "checkpoints", "latest", "load", "prune", "read_meta"]
+__all__ += ["remove_unfinished", "save", "set_aside", "step_of", "verify"]
 
-FORMAT, SHARDED_FORMAT = 1, 2
-_META, _MANIFEST = "meta.json", "manifest.json"
-_TEMPORARY = ".saving-"
 _POLL = 0.02  # seconds between two looks for the files of other processes
-
-
-class Disk:
-    """The operations a save consists of, in one place so that a test can interrupt or fail each of them."""
-
-    def make_directory(self, path: Path) -> None:
-        path.mkdir(parents=True, exist_ok=True)
-
-    def write(self, path: Path, data: bytes) -> None:
-        try:
-            with open(path, "xb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-        except OSError as error:
-            error.filename = str(path)  # a failed write does not know its file
-            raise
-
-    def sync_directory(self, path: Path) -> None:
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-
-    def rename(self, source: Path, target: Path) -> None:
-        os.rename(source, target)
-
-    def remove(self, path: Path) -> None:
-        shutil.rmtree(path)
-
-
-def _canonical(value: Any) -> bytes:
-    return json.dumps(value, sort_keys=True, indent=1).encode() + b"\n"
-
-
-def _seal(manifest: Mapping[str, Any]) -> bytes:
-    """The manifest's text, with the SHA-256 of the rest of it inside."""
-    return _canonical({**manifest, "sha256": hashlib.sha256(_canonical(manifest)).hexdigest()})
 
 
 def _digest(data: bytes) -> dict[str, Any]:
     return {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
-
-
-def step_of(path: Path) -> int:
-    """The optimizer step in a checkpoint directory's name, -1 if the name is not that of a checkpoint."""
-    prefix, _, digits = path.name.partition("-")
-    return int(digits) if prefix == "step" and digits.isdigit() else -1
-
-
-def checkpoints(root: Path | str) -> list[Path]:
-    """All finished checkpoint directories below ``root``, newest first, unverified."""
-    root = Path(root)
-    if not root.is_dir():
-        return []
-    return sorted((p for p in root.iterdir() if step_of(p) >= 0 and p.is_dir()), key=step_of, reverse=True)
 
 
 def save(
@@ -136,12 +95,14 @@ def save(
     has, so that nothing that a crashed one left behind gets into this one. Rank 0 returns when the checkpoint
     is in place, the others when their part is written.
 
-    Raises OSError (with the path) when the disk fails, TimeoutError (an OSError) when rank 0 has waited
-    ``timeout`` seconds for another writer, CheckpointError when the pieces do not make up whole tensors;
-    nothing then stands under a final name. ValueError for a rank or attempt that cannot be."""
+    Raises OSError with path, name of the error and bytes when the disk fails, after ``disk.pauses`` where
+    that may pass; TimeoutError (an OSError) when rank 0 has waited ``timeout`` seconds for another writer;
+    NotFiniteError when there is NaN or infinity in a tensor; CheckpointError when the pieces do not make up
+    whole tensors. Nothing then stands under a final name, unless only the last flush of the directory
+    failed: then the new checkpoint does, complete. ValueError for a rank or attempt that cannot be."""
     root, disk = Path(root), disk or Disk()
     target = root / f"step-{step:08d}"
-    temporary = root / f"{_TEMPORARY}{step:08d}{'-' if attempt else ''}{attempt}"
+    temporary = root / f"{SAVING}{step:08d}{'-' if attempt else ''}{attempt}"
     sharded = is_sharded(model, optimizer)
     if rank is not None and not 0 <= rank < world_size:
         raise ValueError(f"rank: expected None or 0 to {world_size - 1}, got {rank}")
@@ -150,217 +111,107 @@ def save(
     if rank is None or (rank > 0 and not sharded):
         return target
     others = range(1, world_size) if sharded else range(0)
-    if rank == 0 and _stands(target, disk):
-        if others:  # they write all the same: only rank 0 looks at the checkpoint
-            _reports(temporary, others, timeout)
-            disk.remove(temporary)
+    mine = {"model": own(model, rank), "optimizer": own(optimizer, rank)}
+    patient = partial(patiently, disk, what=f"checkpoint of step {step}", size=nbytes(*mine.values()))
+    try:
+        try:
+            check_finite(**mine)
+        except NotFiniteError as error:
+            raise NotFiniteError(f"checkpoint of step {step} refused: {error}") from None
+        if rank == 0 and _stands(target, disk):
+            if others:  # they write all the same: only rank 0 looks at the checkpoint
+                _reports(temporary, others, timeout, disk)
+                remove_all(disk, [temporary])
+            patient(disk.sync_directory, root)  # the save that wrote it may have failed in this
+            return target
+        if not attempt:
+            remove_unfinished(root, disk=disk)
+        make_directories(disk, root, patient)
+        patient(disk.make_directory, temporary)
+        part = f"-{rank + 1:05d}-of-{world_size:05d}" if sharded else ""
+        files: dict[str, dict[str, Any]] = {}
+        for kind, state in mine.items():
+            name, data = f"{kind}{part}.safetensors", to_bytes(state)
+            patient(disk.write, temporary / name, data)
+            files[name] = _digest(data)
+            del data
+        if rank > 0:
+            _leave_report(temporary, rank, {"files": files}, patient, disk)
+            return target
+        version = SHARDED_FORMAT if sharded else FORMAT
+        data = canonical({**meta, "format": version, "step": step})
+        patient(disk.write, temporary / META, data)
+        files |= {META: _digest(data), **_reports(temporary, others, timeout, disk)}
+        check_files((temporary / name for name in files), partial(patient, disk.opened))
+        patient(disk.write, temporary / MANIFEST, seal({"format": version, "files": files}))
+        patient(disk.sync_directory, temporary)
+        patient(disk.rename, temporary, target)
+        patient(disk.sync_directory, root)
         return target
-    if not attempt:
-        remove_unfinished(root, disk=disk)
-    disk.make_directory(temporary)
-    part = f"-{rank + 1:05d}-of-{world_size:05d}" if sharded else ""
-    files: dict[str, dict[str, Any]] = {}
-
-    def write(name: str, data: bytes) -> None:
-        disk.write(temporary / name, data)
-        files[name] = _digest(data)
-
-    write(f"model{part}.safetensors", to_bytes(own(model, rank)))
-    write(f"optimizer{part}.safetensors", to_bytes(own(optimizer, rank)))
-    if rank > 0:
-        write(f".{_report(rank)}", _canonical({"files": files}))
-        disk.rename(temporary / f".{_report(rank)}", temporary / _report(rank))
-        return target
-    version = SHARDED_FORMAT if sharded else FORMAT
-    write(_META, _canonical({"format": version, "step": step, **meta}))
-    files |= _reports(temporary, others, timeout)
-    check_files(temporary / name for name in files)
-    disk.write(temporary / _MANIFEST, _seal({"format": version, "files": files}))
-    disk.sync_directory(temporary)
-    disk.rename(temporary, target)
-    disk.sync_directory(root)
-    return target
-
-
-def remove_unfinished(root: Path | str, attempt: str = "", *, disk: Disk | None = None) -> None:
-    """Remove what saves left behind that did not finish; ``attempt`` is going on and stays."""
-    for left_over in Path(root).glob(f"{_TEMPORARY}*"):
-        if not attempt or left_over.name.removeprefix(_TEMPORARY).partition("-")[2] != attempt:
-            (disk or Disk()).remove(left_over)
+    except (OSError, NotFiniteError) as error:
+        if rank > 0:  # rank 0 would wait for it
+            failed = {"failed": getattr(error, "strerror", str(error)), "errno": getattr(error, "errno", 0)}
+            ignoring_errors(disk.make_directory, temporary)
+            ignoring_errors(_leave_report, temporary, rank, failed, patient, disk)
+        elif not others and disk.exists(temporary):
+            ignoring_errors(disk.remove, temporary)
+        raise
 
 
 def _stands(target: Path, disk: Disk) -> bool:
     """Whether ``target`` is a valid checkpoint; a damaged one is set aside."""
-    if not target.is_dir():
+    if not disk.is_directory(target):
         return False
     try:
-        verify(target)
+        verify(target, disk=disk)
         return True
     except CheckpointError as error:
         warnings.warn(f"{error}; it is set aside and written again", stacklevel=3)
-        disk.rename(target, _unused(target.with_name(f"damaged-{target.name}")))
+        put_aside(target, "damaged", disk)
         return False
 
 
 def _report(rank: int) -> str:
-    """Name of the file in which a process lists its files, written when they are on the disk."""
+    """Name of the file in which a process lists its files when they are on the disk, or tells why not."""
     return f"rank-{rank + 1:05d}.json"
 
 
-def _reports(directory: Path, ranks: range, timeout: float) -> dict[str, Any]:
-    """The files of other processes, their reports among them; waits until all are there."""
+def _leave_report(
+    directory: Path, rank: int, report: Mapping[str, Any], patient: Callable[..., Any], disk: Disk
+) -> None:
+    hidden = directory / f".{_report(rank)}"
+    patient(disk.write, hidden, canonical(report))
+    patient(disk.rename, hidden, directory / _report(rank))
+
+
+def _reports(directory: Path, ranks: range, timeout: float, disk: Disk) -> dict[str, Any]:
+    """The files of other processes, their reports among them; waits until all are there. Raises what made
+    one of them fail.
+    """
     deadline = time.monotonic() + timeout
-    while missing := [rank for rank in ranks if not (directory / _report(rank)).exists()]:
+    missing, files = list(ranks), dict[str, Any]()
+    while missing:
+        for rank in [rank for rank in missing if disk.exists(directory / _report(rank))]:
+            data = patiently(disk, disk.read, directory / _report(rank))
+            report = json.loads(data)
+            if "failed" in report:
+                message = f"rank {rank}: {report['failed']}"
+                if report["errno"]:
+                    raise OSError(report["errno"], message, str(directory))
+                raise NotFiniteError(message)
+            files |= {_report(rank): _digest(data), **report["files"]}
+            missing.remove(rank)
         # A process that is about to exit waits for nobody: they may have ended for the same reason.
-        if time.monotonic() > deadline or not threading.main_thread().is_alive():
+        if missing and (time.monotonic() > deadline or not threading.main_thread().is_alive()):
             raise TimeoutError(
                 errno.ETIMEDOUT,
                 f"rank {', '.join(map(str, missing))} has not written its part of the checkpoint within "
                 f"{timeout:g} s (every process must see the same directory)",
                 str(directory / _report(missing[0])),
             )
-        time.sleep(_POLL)
-    files: dict[str, Any] = {}
-    for rank in ranks:
-        data = (directory / _report(rank)).read_bytes()
-        files |= {_report(rank): _digest(data), **json.loads(data)["files"]}
+        if missing:
+            time.sleep(_POLL)
     return files
-
-
-def _unused(path: Path) -> Path:
-    candidate, n = path, 1
-    while candidate.exists():
-        candidate, n = path.with_name(f"{path.name}-{n}"), n + 1
-    return candidate
-
-
-def _manifest(path: Path) -> dict[str, dict[str, Any]]:
-    """Size and hash of each file of a checkpoint."""
-    try:
-        raw = (path / _MANIFEST).read_bytes()
-    except OSError as error:
-        raise CheckpointError(f"{path / _MANIFEST}: cannot be read ({error})") from error
-    try:
-        manifest = json.loads(raw)
-        del manifest["sha256"]
-        intact = _seal(manifest) == raw
-    except (ValueError, KeyError, TypeError, RecursionError):
-        intact = False
-    if not intact:
-        raise CheckpointError(f"{path / _MANIFEST}: damaged (not the text that was written)")
-    if manifest["format"] not in (FORMAT, SHARDED_FORMAT):
-        raise CheckpointError(
-            f"{path}: checkpoint format {manifest['format']}, "
-            f"this version reads {FORMAT} and {SHARDED_FORMAT}"
-        )
-    return manifest["files"]
-
-
-def _verified(path: Path, expected: Mapping[str, Any]) -> bytes:
-    """The contents of a file: the bytes that were hashed are the bytes that are used."""
-    try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read ({error})") from error
-    if len(data) != expected["size"]:
-        raise CheckpointError(f"{path}: damaged ({len(data)} bytes, {expected['size']} expected)")
-    if hashlib.sha256(data).hexdigest() != expected["sha256"]:
-        raise CheckpointError(f"{path}: damaged (SHA-256 differs from the manifest)")
-    return data
-
-
-def _contents(path: Path) -> Iterator[tuple[str, bytes, dict[str, Span]]]:
-    """Name, bytes and spans of one verified file of a checkpoint after the other; ends with a CheckpointError
-    if the pieces do not make up whole tensors.
-    """
-    held: dict[Path, dict[str, Span]] = {}
-    for name, expected in _manifest(path).items():
-        data = _verified(path / name, expected)
-        spans = read_spans(path / name, io.BytesIO(data)) if kind_of(name) else {}
-        held[path / name] = spans
-        yield name, data, spans
-    check_tiling(held)
-
-
-def verify(path: Path | str) -> None:
-    """Raise CheckpointError unless every byte is as it was written and the pieces make up whole tensors."""
-    for _ in _contents(Path(path)):
-        pass
-
-
-def read_meta(path: Path | str) -> dict[str, Any]:
-    """``meta.json`` of a checkpoint, verified against the manifest. Raises CheckpointError."""
-    path = Path(path)
-    return json.loads(_verified(path / _META, _manifest(path)[_META]))
-
-
-def load(path: Path | str) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor], dict[str, Any]]:
-    """``(model, optimizer, meta)`` of a checkpoint with whole tensors on the CPU, whatever the number of its
-    files, which are read one by one. Raises CheckpointError if anything is damaged.
-    """
-    parts: dict[str, dict[str, list[tuple[Span, torch.Tensor]]]] = {"model": {}, "optimizer": {}}
-    meta: dict[str, Any] = {}
-    for name, data, spans in _contents(Path(path)):
-        if name == _META:
-            meta = json.loads(data)
-        if kind := kind_of(name):
-            for tensor, value in _tensors_from_bytes(data).items():
-                parts[kind].setdefault(tensor, []).append((spans[tensor], value))
-    model, optimizer = (_joined(parts[kind]) for kind in ("model", "optimizer"))
-    return model, optimizer, meta
-
-
-def _joined(parts: dict[str, list[tuple[Span, torch.Tensor]]]) -> dict[str, torch.Tensor]:
-    """Whole tensors; takes the pieces out of ``parts`` so that no more than one tensor exists twice."""
-    whole = {}
-    for name in list(parts):
-        pieces = [value for _, value in sorted(parts.pop(name), key=lambda part: part[0])]
-        whole[name] = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
-    return whole
-
-
-def latest(root: Path | str) -> Path | None:
-    """The newest checkpoint below ``root`` that verifies; damaged newer ones are passed over with a
-    warning.
-    """
-    for path in checkpoints(root):
-        try:
-            verify(path)
-            return path
-        except CheckpointError as error:
-            warnings.warn(
-                f"DAMAGED CHECKPOINT passed over, falling back to the one before it. {error}", stacklevel=2
-            )
-    return None
-
-
-def set_aside(root: Path | str, after: int) -> list[Path]:
-    """Rename the checkpoints of steps beyond ``after`` to ``old-...`` and return their new paths.
-
-    A run that starts before them would otherwise be continued from them after a crash.
-    """
-    moved = []
-    for path in checkpoints(root):
-        if step_of(path) > after:
-            moved.append(path.rename(_unused(path.with_name(f"old-{path.name}"))))
-    return moved
-
-
-def prune(root: Path | str, *, keep_last: int = 2, disk: Disk | None = None) -> None:
-    """Remove checkpoints that are neither among the newest ``keep_last`` valid ones nor marked ``keep`` in
-    their meta.
-    """
-    disk = disk or Disk()
-    valid = 0
-    for path in checkpoints(root):
-        try:
-            if valid < keep_last:
-                verify(path)
-                valid += 1
-            elif not read_meta(path).get("keep"):
-                disk.remove(path)
-        except CheckpointError:
-            continue  # damaged: evidence, never deleted here
 
 
 class Saver:
@@ -390,11 +241,12 @@ class Saver:
     ) -> None:
         """Begin to save, with the arguments of ``save``, and prune after it; returns when the tensors are
         copied. Every process must have started a save before any of them starts the next. Waits for the save
-        before; warns if that failed, and raises its error if the one before it had failed already.
+        before; warns if that failed for a reason that may pass, and raises its error if the one before it had
+        failed already or the reason stays.
         """
         error = self._finished()
         if error is not None:
-            if self._failed:
+            if self._failed or not _may_pass(error):
                 raise error
             warnings.warn(f"NO CHECKPOINT, trying again with the next one: {error}", stacklevel=2)
         self._failed = error is not None
@@ -419,6 +271,11 @@ class Saver:
         self._thread = threading.Thread(target=self._run, args=(job, rank == 0), name=f"checkpoint {step}")
         self._thread.start()
 
+    def check(self) -> None:
+        """Raise the error of a save that is over if there is no use in trying again with the next one."""
+        if self._error is not None and (self._failed or not _may_pass(self._error)):
+            self.wait()
+
     def wait(self) -> None:
         """Return when the save that was started is over. Raises what ``save`` raises."""
         error = self._finished()
@@ -439,3 +296,7 @@ class Saver:
                 prune(self.root, disk=self.disk)
         except BaseException as error:  # the caller gets it from wait
             self._error = error
+
+
+def _may_pass(error: BaseException) -> bool:
+    return isinstance(error, OSError) and error.errno in MAY_PASS

@@ -1,15 +1,18 @@
-"""What a run tells: JSON lines for machines, a progress bar or plain lines for people, TensorBoard or W&B
-curves.
-"""
+"""What a run tells: JSON lines for machines, a progress bar or plain lines for people."""
 
 from __future__ import annotations
 
 import json
+import logging
+import math
 import os
 import platform
+import resource
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -32,9 +35,27 @@ _PACKAGES = (
 
 
 def append_line(path: Path, record: Mapping[str, Any]) -> None:
-    """Append one JSON line."""
-    with open(path, "a", encoding="utf-8") as file:
-        file.write(json.dumps(record) + "\n")
+    """Append one JSON line; numbers that are not finite, which JSON does not know, become null."""
+    with _naming(path), open(path, "a", encoding="utf-8") as file:
+        file.write(json.dumps(_finite(record), allow_nan=False) + "\n")
+
+
+@contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """A write that fails does not know its file: its error gets the name."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = error.filename or str(path)
+        raise
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def keep_lines(path: Path, wanted: Callable[[dict[str, Any]], bool]) -> None:
@@ -54,8 +75,9 @@ def keep_lines(path: Path, wanted: Callable[[dict[str, Any]], bool]) -> None:
 def write_text(path: Path, text: str, errors: str = "strict") -> None:
     """Replace a file in one step, so that a reader or a crash never sees half of it."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(text, encoding="utf-8", errors=errors)
-    os.replace(temporary, path)
+    with _naming(path):
+        temporary.write_text(text, encoding="utf-8", errors=errors)
+        os.replace(temporary, path)
 
 
 def environment(world_size: int, device: torch.device) -> dict[str, Any]:
@@ -81,6 +103,13 @@ def environment(world_size: int, device: torch.device) -> dict[str, Any]:
     }
 
 
+def peak_memory(device: torch.device) -> int:
+    """Largest number of bytes so far: of this process's tensors on a GPU, else of the whole process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # kibibytes on Linux
+
+
 def _cpu_name() -> str:
     """With family and model: two generations may share a name, and differ by a factor in 16 bits."""
     try:
@@ -104,45 +133,25 @@ def _commit() -> str | None:
         return None
 
 
-class Curves:
-    """Scalars for TensorBoard or Weights & Biases; ``none`` writes nothing."""
-
-    def __init__(self, kind: str, directory: Path, config: Mapping[str, Any], purge_step: int):
-        self.kind = kind
-        self.writer: Any = None
-        if kind == "tensorboard":
-            from torch.utils.tensorboard import SummaryWriter
-
-            self.writer = SummaryWriter(str(directory / "tb"), purge_step=purge_step)
-        elif kind == "wandb":
-            import wandb
-
-            self.writer = wandb.init(
-                project="fastdino", dir=str(directory), config=dict(config), resume="allow"
-            )
-
-    def add(self, scalars: Mapping[str, float], step: int) -> None:
-        if self.kind == "tensorboard":
-            for name, value in scalars.items():
-                self.writer.add_scalar(name, value, step)
-        elif self.kind == "wandb":
-            self.writer.log(dict(scalars), step=step)
-
-    def close(self) -> None:
-        if self.kind == "tensorboard":
-            self.writer.close()
-        elif self.kind == "wandb":
-            self.writer.finish()
-
-
 class Screen:
-    """A progress bar on a terminal, one plain line per report elsewhere; silent unless ``enabled``."""
+    """What people see of a run: a progress bar on a terminal, elsewhere plain lines, few enough for a file.
 
-    def __init__(self, total: int, start: int, enabled: bool):
-        self.console = Console(quiet=not enabled, soft_wrap=True, highlight=False)
-        self.live = self.console.is_terminal and enabled
+    Silent unless ``enabled``. The plain lines also go to the file ``log``, to which a continued run appends,
+    and with them the warnings of the package's loggers.
+    """
+
+    FIRST = 3  # reports shown at once; later ones wait until INTERVAL seconds have passed
+    INTERVAL = 10.0
+
+    def __init__(self, total: int, start: int, enabled: bool, log: Path | None = None):
+        terminal = sys.stdout.isatty()
+        self.console = Console(
+            quiet=not enabled, soft_wrap=True, highlight=False, force_terminal=terminal, no_color=not terminal
+        )
+        self.live = enabled and terminal and not self.console.is_dumb_terminal
         self.total = total
         self.pace: float | None = None  # seconds per step, smoothed; evaluations and start-up do not count
+        self.reports, self.reported = 0, -math.inf
         self.progress = Progress(
             TextColumn("epoch {task.fields[epoch]}"),
             BarColumn(bar_width=24),
@@ -151,22 +160,60 @@ class Screen:
             console=self.console,
         )
         self.task = self.progress.add_task("train", total=total, completed=start, epoch="-", text="")
+        self.log = log if enabled and not _is_standard_output(log) else None
+        if self.log is not None and start == 0:
+            write_text(self.log, "")
+        self.handler = _Told(self._write)
+        logging.getLogger("fastdino").addHandler(self.handler)
         if self.live:
             self.progress.start()
 
     def say(self, text: str) -> None:
         self.console.print(text, markup=False)
+        self._write(text)
 
     def show(self, step: int, epoch: int, text: str, seconds_per_step: float) -> None:
+        """Report on a step; ``text`` is one line."""
         self.pace = seconds_per_step if self.pace is None else 0.8 * self.pace + 0.2 * seconds_per_step
         minutes, seconds = divmod(int(self.pace * (self.total - step)), 60)
         text = f"{text} eta {minutes // 60}:{minutes % 60:02d}:{seconds:02d}"
         if self.live:
             self.progress.update(self.task, completed=step, epoch=epoch, text=text)
+        now = time.monotonic()
+        if self.reports >= self.FIRST and now - self.reported < self.INTERVAL and step < self.total:
             return
-        self.say(f"epoch {epoch} step {step}/{self.total} {text}")
-        sys.stdout.flush()
+        self.reports, self.reported = self.reports + 1, now
+        line = f"epoch {epoch} step {step}/{self.total} {text}"
+        if not self.live:
+            self.console.print(line, markup=False)
+            sys.stdout.flush()
+        self._write(line)
 
     def close(self) -> None:
+        logging.getLogger("fastdino").removeHandler(self.handler)
         if self.live:
             self.progress.stop()
+
+    def _write(self, text: str) -> None:
+        if self.log is not None:
+            with _naming(self.log), open(self.log, "a", encoding="utf-8", errors="replace") as file:
+                file.write(text + "\n")
+
+
+class _Told(logging.Handler):
+    """Passes records on as text."""
+
+    def __init__(self, tell: Callable[[str], None]):
+        super().__init__()
+        self.tell = tell
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.tell(self.format(record))
+
+
+def _is_standard_output(path: Path | None) -> bool:
+    """Whether a shell has already sent what is printed to the file ``path``."""
+    try:
+        return path is not None and os.path.samestat(os.stat(path), os.fstat(sys.stdout.fileno()))
+    except (OSError, ValueError):  # no such file, or standard output is no file
+        return False

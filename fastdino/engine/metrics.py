@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -16,8 +17,10 @@ from torch import Tensor
 class StepResult:
     """Means over the global batch, in nats where they are entropies, and seconds per phase.
 
-    ``signs``: the method's signs of collapse by name. ``skipped``: nothing changed, because something was not
-    finite or because of ``stop``: a process asked to stop. ``scale``: the loss scale after the step.
+    ``signs``: the method's signs of collapse, and norms, by name. ``skipped``: nothing changed, because
+    something was not finite or because of ``stop``: a process asked to stop. ``scale``: the loss scale after
+    the step.
+    ``worked``: seconds that each process worked on an earlier step, without waiting for others.
     """
 
     loss: float
@@ -26,6 +29,7 @@ class StepResult:
     stop: bool
     scale: float = 1.0
     seconds: dict[str, float] = field(default_factory=dict)
+    worked: Sequence[float] = ()
 
 
 class Clock:
@@ -67,9 +71,10 @@ class Ring:
         self.cuda = device.type == "cuda"
         self.lag = (2 if self.cuda else 0) if lag is None else lag
         self.rows: deque[tuple[Tensor, Any, Clock]] = deque()
+        self.worked = 0.0  # seconds of the step read last before it met the other processes
 
     def push(self, row: Tensor, clock: Clock) -> None:
-        """Send a row (loss, signs, skipped, stop, scale) on its way."""
+        """Send a row (loss, signs, worked, skipped, stop, scale) on its way."""
         host = torch.empty(row.shape, dtype=row.dtype, pin_memory=self.cuda)
         host.copy_(row, non_blocking=True)
         arrived = None
@@ -84,6 +89,38 @@ class Ring:
             host, arrived, clock = self.rows.popleft()
             if arrived is not None:
                 arrived.synchronize()
-            loss, *signs, skipped, stop, scale = host.tolist()
+            loss, *rest, skipped, stop, scale = host.tolist()
+            signs, worked = rest[: len(self.signs)], rest[len(self.signs) :]
             named = dict(zip(self.signs, signs, strict=True))
-            yield StepResult(loss, named, skipped > 0, stop > 0, scale, clock.seconds())
+            seconds = clock.seconds()
+            self.worked = sum(seconds.values()) - seconds.get("update", 0.0)
+            yield StepResult(loss, named, skipped > 0, stop > 0, scale, seconds, worked)
+
+
+class Stragglers:
+    """Names processes that are slower than the others, for which all of them wait, window by window of steps.
+
+    Slow is a median of 1.2 times that of all processes and 20 ms more, in two windows in a row. Where forward
+    itself exchanges tensors (sharded models, batch norm over processes), all of them look alike.
+    """
+
+    def __init__(self) -> None:
+        self.steps: list[Sequence[float]] = []
+        self.suspects: set[int] = set()
+        self.named: set[int] = set()
+
+    def add(self, worked: Sequence[float]) -> None:
+        self.steps.append(worked)
+
+    def take(self) -> list[tuple[int, float, float]]:
+        """``(rank, its seconds, seconds of the others)`` of those not named yet; a new window begins."""
+        steps, self.steps = self.steps, []
+        if not steps or len(steps[0]) < 2:
+            return []
+        each = [statistics.median(times) for times in zip(*steps, strict=True)]
+        usual = statistics.median_low(each)
+        slow = {rank for rank, seconds in enumerate(each) if seconds > 1.2 * usual + 0.02}
+        again, self.suspects = slow & self.suspects, slow
+        new = sorted(again - self.named)
+        self.named = (self.named | again) & slow
+        return [(rank, each[rank], usual) for rank in new]

@@ -74,6 +74,7 @@ class Updater:
             low_precision_params=[self.copies.get(p) for p in self.parameters],
             low_precision_teacher=[None if t is None else self.copies.get(t) for t in teachers],
         )
+        self.grad_norm: Tensor  # [] fp32 of the last step's whole gradient, before clipping
         self.optimizer: AdamWEMA | LARS | LAMB
         if config.optimizer == "adamw":
             self.optimizer = AdamWEMA(groups, max_grad_norm=config.clip_grad, **fused)
@@ -97,6 +98,11 @@ class Updater:
 
             sharding.set_sync(self.student, last)
 
+    def moments(self) -> list[Tensor]:
+        """The optimizer's running means."""
+        states = self.optimizer.state.values()
+        return [x for state in states for x in state.values() if isinstance(x, Tensor) and x.ndim]
+
     def step(self, scalars: Any, *, grad_scale: float | Tensor = 1.0, skip: bool | Tensor = False) -> Tensor:
         """Apply the gradients, divided by ``grad_scale``, and move the teacher; with ``skip`` or a gradient
         that is not finite, nothing. ``scalars`` has lr, weight_decay and momentum, numbers or 0-dim tensors.
@@ -110,6 +116,7 @@ class Updater:
             return self._lagging_step(grad_scale, skip)
         if not self.sharded:
             result = self.optimizer.step(momentum=scalars.momentum, grad_scale=grad_scale, skip=skip)
+            self.grad_norm = torch.linalg.vector_norm(result.grad_norms)
             return result.found_inf
         from fastdino.engine import sharding
 
@@ -122,12 +129,15 @@ class Updater:
         result = self.optimizer.step(
             momentum=scalars.momentum, grad_scale=grad_scale, skip=skip, norms=squares.sqrt() / grad_scale
         )
+        self.grad_norm = torch.linalg.vector_norm(result.grad_norms)
         return result.found_inf
 
     @torch.no_grad()
     def _lagging_step(self, grad_scale: float | Tensor, skip: bool | Tensor) -> Tensor:
         before = [student.clone() for student, _, _ in self.pairs]
-        found_inf = self.optimizer.step(momentum=1.0, grad_scale=grad_scale, skip=skip).found_inf
+        result = self.optimizer.step(momentum=1.0, grad_scale=grad_scale, skip=skip)
+        self.grad_norm = torch.linalg.vector_norm(result.grad_norms)
+        found_inf = result.found_inf
         skipped = found_inf | skip
         for old, (_, teacher, copy) in zip(before, self.pairs, strict=True):
             teacher.copy_(torch.where(skipped, teacher, old))

@@ -104,6 +104,17 @@ def after_main() -> None:
         _store.wait([f"main {_turns}"], datetime.timedelta(days=30))
 
 
+def another_store(name: str) -> dist.Store | None:
+    """A connection of its own to the processes' key-value store, for another thread: an operation that waits
+    holds up all others of its connection. Its keys are those of ``name`` alone. None in a single process.
+    """
+    if _store is None:
+        return None
+    store = dist.PrefixStore(name, _store.clone())  # type: ignore[attr-defined]  # missing in torch's stubs
+    store.set_timeout(datetime.timedelta(seconds=5))
+    return store
+
+
 def size() -> int:
     """Number of processes."""
     return dist.get_world_size() if dist.is_initialized() else 1
@@ -189,10 +200,14 @@ class GradientBuckets:
         assert work is not None
         self.running.append((flat, work))
 
-    def finish(self) -> None:
-        """Launch what is left, wait, and put the sums where the gradients are."""
+    def launch(self) -> None:
+        """Launch what is left."""
         while len(self.running) < len(self.buckets):
             self._launch()
+
+    def finish(self) -> None:
+        """Wait, and put the sums where the gradients are."""
+        self.launch()
         for bucket, (flat, work) in zip(self.buckets, self.running, strict=True):
             work.wait()
             parts = flat.split([p.numel() for p in bucket])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
@@ -17,6 +17,10 @@ _PIECES = "pieces"
 
 class CheckpointError(RuntimeError):
     """A checkpoint is missing, damaged or of another format; the message names the file and what is wrong."""
+
+
+class NotFiniteError(CheckpointError):
+    """A state was not saved because there is NaN or infinity in it: the next run would start from that."""
 
 
 @dataclass(frozen=True)
@@ -55,6 +59,23 @@ class Span(NamedTuple):
 
 def is_sharded(*states: State) -> bool:
     return any(isinstance(value, Piece) for state in states for value in state.values())
+
+
+def nbytes(*states: State) -> int:
+    """Bytes of all tensors in ``states``."""
+    return sum(_tensor(value).nbytes for state in states for value in state.values())
+
+
+def check_finite(**states: State) -> None:
+    """Raise NotFiniteError naming the first tensor with NaN or infinity in it."""
+    for kind, state in states.items():
+        for name, value in state.items():
+            tensor = _tensor(value)
+            if not tensor.is_floating_point() or tensor.numel() == 0:
+                continue
+            if not torch.isfinite(torch.stack(torch.aminmax(tensor))).all():
+                bad = int((~torch.isfinite(tensor)).sum())
+                raise NotFiniteError(f"{name} ({kind}): {bad} of {tensor.numel()} values are not finite")
 
 
 class HostCopies:
@@ -119,7 +140,7 @@ def read_spans(path: Path, file: BinaryIO) -> dict[str, Span]:
             start, rows = pieces.get(name, (0, held))
             spans[name] = Span(start, start + held, (rows, *shape[1:]) if shape else (), entry["dtype"])
         return spans
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{path}: not a file of tensors ({error!r})") from error
 
 
@@ -158,11 +179,11 @@ def check_tiling(files: Mapping[Path, Mapping[str, Span]]) -> None:
             raise CheckpointError(f"{parts[-1][1]}: {name} has a gap: rows {filled} to {rows} are in no file")
 
 
-def check_files(paths: Iterable[Path]) -> None:
-    """``check_tiling`` of the tensor files among ``paths``, from their headers alone."""
+def check_files(paths: Iterable[Path], opened: Callable[[Path], BinaryIO]) -> None:
+    """``check_tiling`` of the tensor files among ``paths``, from their headers alone. Raises OSError, too."""
     held = {}
     for path in paths:
         if kind_of(path.name):
-            with open(path, "rb") as file:
+            with opened(path) as file:
                 held[path] = read_spans(path, file)
     check_tiling(held)

@@ -86,10 +86,17 @@ class TrainStep:
         device = updater.parameters[0].device
         self.scalars = Scalars(device)
         self.scaler = scaler or Scaler(device, enabled=dtype == torch.float16)
-        self.ring = Ring(device, method.signs)
-        # [statistics, loss, signs, stop], sums over micro-batches and processes
-        self.sums = torch.zeros(method.statistics_size + len(method.signs) + 2, device=device)
-        self.row = torch.zeros(len(method.signs) + 4, device=device)
+        self.center = dict(method.named_buffers()).get("center")
+        measured = ("grad_norm",) if self.center is None else ("grad_norm", "center_norm")
+        self.ring = Ring(device, (*method.signs, *measured))
+        # [statistics, loss, signs, seconds of each process, stop], sums over micro-batches and processes
+        size = parallel.size()
+        self.sums = torch.zeros(method.statistics_size + len(method.signs) + size + 2, device=device)
+        self.row = torch.zeros(len(self.ring.signs) + size + 4, device=device)
+        self.loss = self.sums[method.statistics_size]
+        self.worked = self.sums[parallel.rank() - size - 1]
+        self.parts = accumulate * size
+        self.beat: Callable[[str], None] = lambda phase: None  # told of the phase that begins
         # A skipped step must not show in the running statistics either.
         norms = [m for m in method.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
         self.statistics = [(b, b.clone()) for m in norms for b in m.buffers()]
@@ -114,8 +121,10 @@ class TrainStep:
         self.begin(hyper.freeze_last_layer)
         stopped = False
         for i in range(self.accumulate):
+            self.beat("data")
             crops = next(batches)
             clock.lap("data")
+            self.beat("forward")
             stopped = self.may_abandon and stop()
             stopped = stopped or not self.micro_batch(
                 crops, hyper.freeze_last_layer, i + 1 == self.accumulate, clock, stop
@@ -124,7 +133,11 @@ class TrainStep:
                 break
         if stopped or stop():
             self.sums[-1].fill_(1.0)
+        self.worked.fill_(self.ring.worked * self.parts)
+        self.loss += self.taint()
+        self.beat("reduction")
         self.reduce()
+        self.beat("update")
         self.update()
         clock.lap("update")
         self.ring.push(self.row, clock)
@@ -152,12 +165,13 @@ class TrainStep:
         if self.reducer is not None:
             self.reducer.overlap = last
         self.updater.set_sync(last)
+        self.beat("backward")
         self.backward(*out)
         clock.lap("backward")
         return True
 
     def forward(self, crops: Crops, frozen: bool) -> tuple[Tensor, Tensor]:
-        """The loss, to be differentiated, and the micro-batch's summand of ``sums``."""
+        """The loss, to be differentiated, and the micro-batch's part of the first numbers of ``sums``."""
         with torch.autocast(self.sums.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32):
             out = self.method(
                 crops.global_,
@@ -168,22 +182,33 @@ class TrainStep:
             )
         signs = [out.signs[name] for name in self.method.signs]
         numbers = [x.detach().float() for x in (out.loss, *signs)]
-        tail = torch.stack([*numbers, torch.zeros_like(numbers[0])])
-        return out.loss, torch.cat([out.statistics.float(), tail])
+        return out.loss, torch.cat([out.statistics.float(), torch.stack(numbers)])
 
     def backward(self, loss: Tensor, summand: Tensor) -> None:
         (loss * self.scaler.scale if self.scaler.enabled else loss).backward()
-        self.sums += summand
+        self.sums[: len(summand)] += summand
+
+    def taint(self) -> Tensor:
+        """[] fp32: 0, but NaN if what earlier steps left besides the weights is not finite: center, queue,
+        running statistics, moments. Finite batches cannot make it so, broken memory can, and it need not show
+        in the loss before it is in the weights.
+        """
+        kept = [x for x in (*self.method.buffers(), *self.updater.moments()) if x.is_floating_point()]
+        norms = torch._foreach_norm([x for x in kept if x.numel()], float("inf"))
+        return 0.0 * torch.stack(norms).float().sum() if norms else torch.zeros_like(self.loss)
 
     def reduce(self) -> None:
         """Add up over processes; the gradients first, as backward has begun to."""
+        if self.reducer is not None:
+            self.reducer.launch()
+        self.beat("exchange")  # who hangs before this is missed by the others, who wait in it
         if self.reducer is not None:
             self.reducer.finish()
         parallel.sum_(self.sums)
 
     def update(self) -> None:
         """Student, optimizer, teacher, method and loss scale, unless anything is not finite; the row."""
-        parts = self.accumulate * parallel.size()
+        parts = self.parts
         means = self.sums / parts
         stopped = self.sums[-1] > 0
         refused = stopped | ~torch.isfinite(means).all()
@@ -197,5 +222,8 @@ class TrainStep:
         for statistic, before in self.statistics:
             statistic.copy_(torch.where(skipped, before, statistic))
         self.scaler.update(skipped, stopped)
+        signs, worked = means[size:-1].split([1 + len(self.method.signs), parallel.size()])
+        norms = [self.updater.grad_norm.float()]
+        norms += [] if self.center is None else [torch.linalg.vector_norm(self.center)]
         flags = torch.stack([skipped.float(), stopped.float(), self.scaler.scale])
-        self.row.copy_(torch.cat([means[size:-1], flags]))
+        self.row.copy_(torch.cat([signs, torch.stack(norms), worked, flags]))

@@ -7,7 +7,6 @@ the model."""
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 import math
 import signal
@@ -15,7 +14,7 @@ import time
 import traceback
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from functools import cached_property
 from pathlib import Path
 from types import FrameType
@@ -23,32 +22,36 @@ from typing import Any, NoReturn
 
 import torch
 
-from fastdino.config import Config, MethodConfig, config_to_dict, config_to_yaml, split_batch
+from fastdino.config import Config, config_to_dict, config_to_yaml, split_batch
 from fastdino.data import containers, runlist, sampler
 from fastdino.data.decoding import import_dali
-from fastdino.data.loader import AUGMENTATION_VERSION, MultiCropLoader, wants_cache
+from fastdino.data.loader import AUGMENTATION_VERSION, MultiCropLoader, finishes_on_gpu, wants_cache
 from fastdino.data.manifest import Manifest, build_manifest
 from fastdino.data.prescan import BAD_NAME, prescan
 from fastdino.data.preview import contact_sheet
 from fastdino.data.remote import is_url
-from fastdino.engine import checkpoint, parallel, rows
+from fastdino.engine import checkpoint, exits, identity, lock, output, parallel, rows
 from fastdino.engine.build import build
-from fastdino.engine.logs import Curves, Screen, append_line, environment, keep_lines, write_text
-from fastdino.engine.metrics import StepResult
+from fastdino.engine.logs import (
+    Screen,
+    append_line,
+    environment,
+    keep_lines,
+    peak_memory,
+    write_text,
+)
+from fastdino.engine.metrics import StepResult, Stragglers
 from fastdino.engine.monitor import Monitor
 from fastdino.engine.schedules import Hyper, Schedule
+from fastdino.engine.trackers import Curves
+from fastdino.engine.watchdog import PatientDisk, Watchdog
 from fastdino.evaluation.features import available_cores
 from fastdino.report import write_report
+from fastdino.report.neighbours import MOST, spread
 from fastdino.switches import prototypes
 from fastdino.validation import method_warnings
 
 _PHASES = ("data", "forward", "backward", "update")
-
-# What checkpoints of earlier releases do not tell, and what to do when it differs.
-_ADVICE = {
-    "augmentation version": "crops would be made in another way; continue with the release that began it",
-    "DALI version": "images may be decoded to other pixels; install the one that began the run",
-}
 
 
 class Stopped(SystemExit):
@@ -64,14 +67,25 @@ class Trainer:
 
     def __init__(self, config: Config):
         self.config = config
+        output.check(config)
         self.world = parallel.start(config.run.device)
         self.global_batch, self.micro_batch, self.accumulate = split_batch(config, self.world.size)
         self.output = Path(config.run.output_dir)
+        if self.world.main:
+            lock.take(self.output)
+        self.watchdog = Watchdog(config.run.hang_timeout, self.world.rank, self.world.size)
+        self.stragglers = Stragglers()
         self.signal = 0
 
         self.manifest = self._open_data()
         self.steps_per_epoch = sampler.steps_per_epoch(len(self.manifest), self.global_batch)
-        self.cache_decoded = wants_cache(self.manifest, config.data.cache_decoded, self._data_threads())
+        on_gpu = finishes_on_gpu(config.data.augment_on, self.world.device)
+        self.cache_decoded = wants_cache(
+            self.manifest,
+            config.data.cache_decoded,
+            self._data_threads(),
+            self.world.device if on_gpu else None,
+        )
         self.schedule = Schedule(config, self.steps_per_epoch, self.global_batch)
         self.total_steps = min(config.optim.max_steps or self.schedule.total_steps, self.schedule.total_steps)
         self.monitor = Monitor(
@@ -84,7 +98,7 @@ class Trainer:
 
         self.engine = build(config, self.world, accumulate=self.accumulate)
         self.method, self.dtype = self.engine.method, self.engine.dtype
-        self.saver = checkpoint.Saver(self.checkpoints)
+        self.saver = checkpoint.Saver(self.checkpoints, disk=PatientDisk(self.watchdog))
         self.step = 0  # steps that were begun
         self.read = 0  # steps whose results are known; on a GPU a little behind
         self.counters = {"bad_steps": 0, "bad_in_a_row": 0}
@@ -104,11 +118,6 @@ class Trainer:
         manifest = build_manifest(data_path, progress=self.world.main)
         if indexed and self.world.main:
             parallel.after_main()
-        if self.world.main:
-            try:
-                self.output.mkdir(parents=True, exist_ok=True)
-            except OSError as error:
-                raise ValueError(f"--output_dir {self.output}: {error.strerror}") from error
         return self._run_list(self._clean(manifest, self.output))
 
     def _run_list(self, found: Manifest) -> Manifest:
@@ -151,15 +160,7 @@ class Trainer:
     @cached_property
     def _identity(self) -> dict[str, Any]:
         """What must not change between a run and its continuation; made once, for it covers every image."""
-        names = "\0".join(runlist.names(self.manifest))
-        digest = hashlib.sha256(names.encode("utf-8", "surrogateescape"))
-        plain = config_to_dict(self.config)
-        return {
-            **{f"--{k}": v for group in ("model", "method", "crops") for k, v in plain[group].items()},
-            "--optimizer": self.config.optim.optimizer,
-            "--seed": self.config.run.seed,
-            "global batch": self.global_batch,
-            "list of images": digest.hexdigest()[:16],
+        return identity.identity(self.config, self.manifest, self.global_batch, self.dtype) | {
             "augmentation version": AUGMENTATION_VERSION,
             "DALI version": import_dali().__version__,
         }
@@ -170,7 +171,7 @@ class Trainer:
             found = None
         elif wanted == "auto":
             found = parallel.broadcast_object(
-                checkpoint.latest(self.checkpoints) if self.world.main else None
+                checkpoint.latest(self.checkpoints, quarantine=True) if self.world.main else None
             )
         else:
             found = Path(wanted)
@@ -188,20 +189,13 @@ class Trainer:
         run.
         """
         model, optimizer, meta = checkpoint.load(path)
-        imported = "official" in meta  # an official file does not know its images and counts epochs only
-        # Checkpoints of releases that knew DINO alone have no flags of other methods.
-        older = {f"--{k}": v for k, v in dataclasses.asdict(MethodConfig()).items()}
-        ours, theirs = json.loads(json.dumps(self._identity)), {**older, **meta["identity"]}
-        different = [
-            f"{k}: checkpoint {theirs.get(k)!r}, now {ours.get(k)!r}"
-            + (f" ({_ADVICE[k]})" if k in _ADVICE else "")
-            for k in ours
-            if ours[k] != theirs.get(k) and (k in theirs or not (imported or k in _ADVICE))
-        ]
+        # An official file does not know its images and counts epochs only; a backbone knows neither.
+        imported = "official" in meta or "began_with" in meta
+        different = identity.differences(self._identity, meta, self.config.run.allow_changes)
         if different:
             raise checkpoint.CheckpointError(
-                f"{path} belongs to another run; use another --output_dir or --resume none.\n  "
-                + "\n  ".join(different)
+                f"{path} belongs to another run; use another --output_dir, or --resume none --overwrite, or "
+                "--allow_changes with the names of flags.\n  " + "\n  ".join(different)
             )
         self.engine.load_state(model)
         self.engine.updater.load_state(optimizer)
@@ -233,11 +227,12 @@ class Trainer:
             augment_on=self.config.data.augment_on,
             bad_files=self.output / BAD_NAME,
         )
-        screen = Screen(self.total_steps, self.step, enabled=self.world.main)
-        with loader, _signals(self._on_signal):
+        log = self.output / "train.log"
+        screen = Screen(self.total_steps, self.step, enabled=self.world.main, log=log)
+        with closing(self.watchdog.start()), loader, _signals(self._on_signal):
             self._prepare_output(screen)
             curves = Curves(
-                run.logger if self.world.main else "none", self.output, config_to_dict(self.config), self.step
+                run.logger if self.world.main else (), self.output, config_to_dict(self.config), self.step
             )
             try:
                 if self.step == 0:
@@ -246,25 +241,35 @@ class Trainer:
                     self._evaluate(screen, curves)
                     self._report(screen, final=self.step == self.total_steps)
                 self._loop(iter(loader), screen, curves)
+                self.watchdog.beat("save")
                 self.saver.wait()
             except Stopped:
                 self.saver.wait()
                 parallel.stop()
                 raise
+            except Exception as error:
+                if self.watchdog.failed(error):  # another process, and this error is what came of it
+                    raise Stopped(exits.HUNG) from None
+                raise
             finally:
                 curves.close()
                 screen.close()
+        lock.release(self.output)
         parallel.stop()
         return self.output
 
     def _loop(self, batches: Iterator[Any], screen: Screen, curves: Curves) -> None:
         run, window = self.config.run, _Window(self.global_batch)
+        self.engine.step.beat = self.watchdog.beat
         while self.step < self.total_steps:
             hyper, epoch = self.schedule(self.step), self.step // self.steps_per_epoch
             # stochastic depth draws from a function of (seed, step, rank): nothing to save
             torch.manual_seed(((run.seed * 1_000_003 + self.step) * 65_537 + self.world.rank) % 2**63)
+            self.watchdog.begin(self.step)
             self.engine.step.enqueue(batches, hyper, lambda: self.signal != 0)
             self.step += 1
+            self.watchdog.beat("results")
+            self.saver.check()
             epoch_ends = self.step % self.steps_per_epoch == 0
             finished = self.step == self.total_steps
             saves = epoch_ends or finished or (run.save_every > 0 and self.step % run.save_every == 0)
@@ -291,10 +296,17 @@ class Trainer:
                 self._stop(screen)
             self.read += 1
             window.add(result)
+            self.stragglers.add(result.worked)
             if self._is_last_straw(result, screen):
                 self._forget_unread()
                 self._save(keep=True)
-                raise Stopped(1)
+                raise Stopped(exits.NOT_FINITE)
+            if self.read % 10 == 0:
+                for rank, seconds, usual in self.stragglers.take():
+                    screen.say(
+                        f"WARNING: rank {rank} is slow: it works {seconds:.3f} s per step, the others "
+                        f"{usual:.3f} s, and they wait for it"
+                    )
             due = self.read % self.config.run.log_every == 0 or self.read == self.total_steps
             if due and self.world.main:
                 self._log(window, screen, curves)
@@ -317,9 +329,11 @@ class Trainer:
             },
             **window.take(),
             "bad_steps": self.counters["bad_steps"],
+            "memory": peak_memory(self.world.device),
             "time": time.time(),
         }
         record["wd"] = record.pop("weight_decay")
+        lock.check(self.output)
         append_line(self.output / "metrics.jsonl", record)
         curves.add({k: v for k, v in record.items() if k not in ("step", "time")}, self.read)
         screen.show(self.read, epoch, _line(record), self.global_batch / record["img_s"])
@@ -349,7 +363,7 @@ class Trainer:
         self.counters["bad_steps"] += 1
         self.counters["bad_in_a_row"] += 1
         screen.say(
-            f"step {self.read}: loss {result.loss} or a gradient is not finite; "
+            f"step {self.read}: loss {result.loss} or a gradient is not finite, or the optimizer's state; "
             "the step was skipped, nothing changed"
         )
         if self.counters["bad_in_a_row"] < self.config.optim.max_bad_steps:
@@ -439,6 +453,8 @@ class Trainer:
 
     def _save(self, *, keep: bool) -> None:
         """Begin a checkpoint; it is written while training goes on."""
+        self.watchdog.beat("save")
+        lock.check(self.output)
         rank, writers = rows.writer(self.method)
         attempt = str(parallel.broadcast_object(uuid.uuid4().hex[:8]))
         if rank is None:
@@ -461,8 +477,10 @@ class Trainer:
         """k-NN of the teacher on rank 0, unless it is known; ``baseline`` adds raw pixels (the teacher is
         then the untrained network).
         """
+        self.watchdog.beat("evaluation")
         backbone = self.engine.evaluated_backbone() if self.monitor.active else None
         if backbone is not None and self.world.main and not self._evaluated():
+            started = time.perf_counter()
             try:
                 scores = self.monitor.knn(backbone, self._interruptible)
                 raw = self.monitor.raw_pixels() if baseline else None
@@ -471,16 +489,23 @@ class Trainer:
             except (ValueError, OSError) as error:
                 screen.say(f"WARNING: no k-NN figures, training goes on: {error}")
             else:
-                self._log_scores(scores, raw, screen, curves)
+                self._log_scores(scores, raw, time.perf_counter() - started, screen, curves)
         parallel.after_main()
 
     def _log_scores(
-        self, scores: dict[str, float], raw: dict[str, float] | None, screen: Screen, curves: Curves
+        self,
+        scores: dict[str, float],
+        raw: dict[str, float] | None,
+        seconds: float,
+        screen: Screen,
+        curves: Curves,
     ) -> None:
         record: dict[str, Any] = {
             "step": self.step,
             "epoch": self.step // self.steps_per_epoch,
             "knn": scores,
+            "seconds": seconds,
+            "time": time.time(),
         }
         if raw is not None:
             record |= {"untrained": scores, "raw_pixels": raw}
@@ -502,10 +527,15 @@ class Trainer:
             raise _Interrupted
 
     def _report(self, screen: Screen, *, final: bool) -> None:
+        self.watchdog.beat("report")
         backbone = self.engine.evaluated_backbone() if self.config.run.report else None
         if backbone is not None and self.world.main:
             try:
-                path = write_report(self.output, backbone=backbone, image_paths=self.monitor.pictures(8))
+                bank = spread(self.manifest.paths, MOST)
+                pictures = self.monitor.pictures(8)
+                path = write_report(
+                    self.output, backbone=backbone, image_paths=pictures, bank_paths=bank
+                )
                 screen.say(f"report: {path}")
             except Exception:
                 if final:
@@ -553,4 +583,7 @@ class _Window:
 def _line(record: dict[str, Any]) -> str:
     named = {"teacher_entropy": "entropy", "kl": "KL", "spread": "spread", "accuracy": "accuracy"}
     signs = " ".join(f"{name} {record[key]:.3f}" for key, name in named.items() if key in record)
-    return f"loss {record['loss']:.4f} lr {record['lr']:.2e} {signs} {record['img_s']:.0f} img/s"
+    step = sum(record[f"t_{phase}"] for phase in _PHASES)
+    wait = 100 * record["t_data"] / step if step > 0 else 0.0
+    speed = f"{record['img_s']:.0f} img/s data-wait {wait:.0f} %"
+    return f"loss {record['loss']:.4f} lr {record['lr']:.2e} {signs} {speed}"

@@ -42,7 +42,10 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         run(flags, words)
     except (OSError, ValueError) as error:
-        print(f"python -m fastdino.evaluation {flags.protocol}: {error}", file=sys.stderr)
+        from fastdino.data.remote import without_secrets
+
+        message = f"python -m fastdino.evaluation {flags.protocol}: {error}"
+        print(without_secrets(message), file=sys.stderr)
         return 2
     if "WORLD_SIZE" in os.environ:
         from fastdino.engine import parallel

@@ -180,7 +180,9 @@ def draw(curves: list[Curve], title: str) -> Figure:
         )
     highest_kl = max(max(curve.kl[len(curve.kl) // 20 :]) for curve in curves)
     right.set_ylim(-0.03 * highest_kl, 1.05 * highest_kl)
-    figure.legend(loc="outside lower left", ncols=min(4, len(curves)), frameon=False, fontsize=12)
+    legend = figure.legend(loc="outside lower left", ncols=min(4, len(curves)), frameon=False, fontsize=12)
+    for name in legend.get_texts():
+        name.set_parse_math(False)  # a folder may be called anything
     return figure
 
 

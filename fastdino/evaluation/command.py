@@ -73,15 +73,18 @@ def finish(
 
 def written_as(words: list[str]) -> str:
     """The command line of a protocol and its flags."""
-    return shlex.join(["python", "-m", "fastdino.evaluation", *words])
+    from fastdino.data.remote import scrubbed
+
+    return shlex.join(["python", "-m", "fastdino.evaluation", *scrubbed(words)])
 
 
 def write_json(path: Path, content: Any) -> None:
     """Write a JSON file, whole or not at all, and the folders above it."""
+    from fastdino.data.remote import scrubbed
     from fastdino.engine.logs import write_text
 
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_text(path, json.dumps(content, indent=1) + "\n")
+    write_text(path, json.dumps(scrubbed(content), indent=1) + "\n")
 
 
 # ------------------------------------------------------------------------------------------------------ flags
@@ -95,7 +98,8 @@ def backbone_arguments(parser: argparse.ArgumentParser, several: bool = False) -
         "--pretrained_weights",
         metavar="PATH",
         nargs="+" if several else None,
-        help="run directory, checkpoint directory or official .pth file; 'random' is untrained",
+        help="run or checkpoint directory, official .pth, .safetensors, or a folder of timm or transformers; "
+        "'random' is untrained",
     )
     group.add_argument("--arch", help="architecture, where the file does not say it (vit_small, ...)")
     group.add_argument(

@@ -155,11 +155,13 @@ def load_mapped(path: Path) -> Tensor:
     """
     import pickle
 
+    from fastdino.interop.screening import screen, weigh
+
     try:
-        if zipfile.is_zipfile(path):
-            found = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        else:  # of PyTorch 1.5 and before
-            found = torch.load(path, map_location="cpu", weights_only=True)
+        with open(path, "rb") as file:
+            mapped = screen(file)  # files of PyTorch 1.5 and before cannot be
+        found = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+        weigh(found)
     except (pickle.UnpicklingError, RuntimeError, EOFError, LookupError, ValueError) as error:
         raise ValueError(f"{path} does not hold a tensor: {error}") from error
     if not isinstance(found, Tensor):

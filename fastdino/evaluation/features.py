@@ -29,7 +29,8 @@ from fastdino_kernels.resize_crop import resize_crop
 from PIL import Image
 from torch import Tensor, nn
 
-from fastdino.data import prescan
+from fastdino.data import headers, prescan
+from fastdino.data.manifest import printable
 from fastdino.data.samples import read
 from fastdino.data.threads import threads
 from fastdino.evaluation.feature_file import FeatureFile, digest_of_paths, digest_of_weights
@@ -62,12 +63,20 @@ def read_image(path: ImagePath) -> Image.Image:
     Raises FileNotFoundError or UnreadableImage.
     """
     try:
-        with Image.open(io.BytesIO(read(os.fspath(path)))) as image:
+        with _opened(read(os.fspath(path))) as image:
             return image.convert("RGB")
     except FileNotFoundError:
-        raise FileNotFoundError(f"no such image: {os.fspath(path)}") from None
+        raise FileNotFoundError(f"no such image: {printable(os.fspath(path))}") from None
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise UnreadableImage(f"cannot read image {os.fspath(path)}: {error}") from error
+        raise UnreadableImage(f"cannot read image {printable(os.fspath(path))}: {error}") from error
+
+
+def _opened(content: bytes) -> Image.Image:
+    image = Image.open(io.BytesIO(content), formats=headers.PILLOW_FORMATS)
+    codec = {"JPEG": "jpeg", "MPO": "jpeg", "PNG": "png"}.get(str(image.format), headers.CODECS[-1])
+    if reason := headers.refusal(codec, image.height, image.width, content):
+        raise ValueError(reason)
+    return image
 
 
 def read_pixels(path: ImagePath) -> np.ndarray:
@@ -373,12 +382,12 @@ def read_numbers(path: ImagePath, modes: Sequence[str] = ("P", "L")) -> np.ndarr
     """
     name = os.fspath(path)
     try:
-        with Image.open(io.BytesIO(read(name))) as image:
+        with _opened(read(name)) as image:
             if image.mode not in modes:
                 kinds = " or ".join(_KINDS[mode] for mode in modes)
                 raise ValueError(f"expected a {kinds} image of object numbers, got mode {image.mode}")
             return np.array(image.convert("L") if image.mode == "1" else image)
     except FileNotFoundError:
-        raise FileNotFoundError(f"no such mask: {name}") from None
+        raise FileNotFoundError(f"no such mask: {printable(name)}") from None
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise ValueError(f"cannot read mask {name}: {error}") from error
+        raise ValueError(f"cannot read mask {printable(name)}: {error}") from error

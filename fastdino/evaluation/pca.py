@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from fastdino.data.manifest import printable
 from fastdino.evaluation import sheets
 from fastdino.evaluation.attention import frame_size, square_pixels
 from fastdino.evaluation.features import ImagePath, Progress, evaluating, normalize, read_image
@@ -96,7 +97,7 @@ def patch_pictures(
             batch = normalize(pixels[None].to(device))
             last = backbone.get_intermediate_layers(batch, 1)[0][0, 1:]  # [h*w, D]
         if not torch.isfinite(last).all():
-            raise ValueError(f"the patch features of {os.fspath(path)} are not finite")
+            raise ValueError(f"the patch features of {printable(os.fspath(path))} are not finite")
         images.append(pixels.numpy())
         tokens.append(last.float().cpu().numpy())
         grids.append((pixels.shape[0] // patch, pixels.shape[1] // patch))

@@ -189,7 +189,7 @@ def figure(width: float, height: float) -> Figure:
 def plain(axes: Any, title: str = "", x: str = "", y: str = "") -> None:
     """Axes with a title on the left and two thin spines."""
     axes.set_facecolor(hexadecimal(BACKGROUND))
-    axes.set_title(title, loc="left", fontsize=13, color=hexadecimal(INK))
+    axes.set_title(title, loc="left", fontsize=13, color=hexadecimal(INK), parse_math=False)
     axes.set_xlabel(x, fontsize=12, color=hexadecimal(INK))
     axes.set_ylabel(y, fontsize=12, color=hexadecimal(INK))
     axes.tick_params(labelsize=11, colors=hexadecimal(FAINT))

@@ -153,6 +153,7 @@ def _label(figure: Figure, axes: Any, places: np.ndarray, names: Sequence[str], 
             ha=side[0],
             va=side[1],
             fontsize=11,
+            parse_math=False,  # a class may be called anything
             color=sheets.hexadecimal(sheets.INK),
         )
 

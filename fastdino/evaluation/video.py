@@ -47,7 +47,7 @@ class Clip:
         if self.files:
             yield from map(read_image, self.files)
         elif self.path.suffix.lower() == ".gif":
-            with Image.open(self.path) as image:
+            with Image.open(self.path, formats=("GIF",)) as image:
                 for frame in ImageSequence.Iterator(image):
                     yield frame.convert("RGB")
         else:
@@ -57,7 +57,7 @@ class Clip:
 
     def _open_gif(self) -> None:
         try:
-            with Image.open(self.path) as image:
+            with Image.open(self.path, formats=("GIF",)) as image:
                 # equal frames are stored once and shown for longer
                 pauses = [frame.info.get("duration", 0) for frame in ImageSequence.Iterator(image)]
         except (OSError, SyntaxError, ValueError) as error:

@@ -81,7 +81,7 @@ class OfficialCheckpoint:
 def read_official(path: str | os.PathLike[str]) -> OfficialCheckpoint:
     """Read a training checkpoint or a bare backbone. Raises OSError or WeightsError, which name the file."""
     path = Path(path)
-    return _understood(read_pickle(path), path)
+    return understood(read_pickle(path), path)
 
 
 def read_training(source: str | os.PathLike[str]) -> OfficialCheckpoint:
@@ -89,10 +89,11 @@ def read_training(source: str | os.PathLike[str]) -> OfficialCheckpoint:
     if not Path(source).is_dir():
         return read_official(source)
     found = find_checkpoint(source)
-    return _understood(from_native(*checkpoint.load(found)), found)
+    return understood(from_native(*checkpoint.load(found)), found)
 
 
-def _understood(contents: Any, path: Path) -> OfficialCheckpoint:
+def understood(contents: Any, path: Path) -> OfficialCheckpoint:
+    """What was read from ``path``, with normalised names. Raises WeightsError."""
     if not isinstance(contents, Mapping) or not contents:
         raise WeightsError(f"{path}: expected a dictionary of weights, got {type(contents).__name__}")
     if not {"student", "teacher"} & contents.keys():
@@ -202,7 +203,10 @@ def _configuration(official: OfficialCheckpoint) -> Config:
         name for name in ("student", "teacher", "args", "epoch", "center") if getattr(official, name) is None
     ]
     if absent:
-        raise WeightsError(f"{path}: not a training checkpoint, it has no {', '.join(absent)}")
+        hint = "; `python -m fastdino.interop safetensors import` begins a run with a backbone alone"
+        bare = official.student is None and official.args is None
+        lacks = f"not a training checkpoint, it has no {', '.join(absent)}"
+        raise WeightsError(f"{path}: {lacks}{hint if bare else ''}")
     assert official.args is not None and official.student is not None
     try:
         config = with_flags(Config(), _flags(official.args, official.student))
@@ -271,6 +275,8 @@ def from_native(
 ) -> dict[str, Any]:
     """The dictionary that the official code saves, from the three parts of our checkpoint."""
     config = config_from_dict(meta["config"])
+    if config.model.arch.startswith("timm:"):
+        raise WeightsError(f"the official code has no {config.model.arch}")
     if not has_dino_head(config) or uses_predictor(config):
         held = "DINO's and EsViT's students, teachers and centers"
         raise WeightsError(f"the official format holds {held}, nothing of others")
@@ -327,6 +333,8 @@ def export_checkpoint(source: str | os.PathLike[str], target: str | os.PathLike[
     """Write the official file of a checkpoint or of a run's newest one; returns a line about it."""
     found = find_checkpoint(source)
     model, optimizer, meta = checkpoint.load(found)
+    if "began_with" in meta:
+        raise WeightsError(f"{found}: a backbone that was imported and has not been trained since")
     write_pickle(target, from_native(model, optimizer, meta))
     note = ""
     if "official" not in meta and meta["step"] % meta["steps_per_epoch"]:

@@ -1,4 +1,6 @@
-"""A backbone from any weights: our checkpoints and runs, official training files, released backbones."""
+"""A backbone from any weights: our checkpoints and runs, official training files, released backbones, and
+safetensors files and folders of timm and transformers.
+"""
 
 from __future__ import annotations
 
@@ -14,12 +16,13 @@ from torch import Tensor
 from fastdino.config import ALIASES, ARCHITECTURES, RESNETS, SWIN_PATCH, SWINS, backbone_family
 from fastdino.engine import checkpoint
 from fastdino.interop.files import WeightsError, find_checkpoint
-from fastdino.interop.official import differences, read_official
-from fastdino.models import Backbone, ResNet, SwinTransformer, VisionTransformer
+from fastdino.interop.foreign import file_of, read_weights
+from fastdino.interop.official import differences, understood
+from fastdino.models import Backbone, ResNet, SwinTransformer, TimmBackbone, VisionTransformer
 from fastdino.models.swin import resize_bias_table
 from fastdino.models.swin_windows import relative_position_index
 
-KINDS = {"vit": "ViT", "resnet": "ResNet", "swin": "Swin"}
+KINDS = {"vit": "ViT", "resnet": "ResNet", "swin": "Swin", "timm": "model of timm"}
 
 
 def load_backbone(
@@ -32,8 +35,9 @@ def load_backbone(
     """The backbone stored at ``path``, in evaluation mode and fp32, on the CPU.
 
     Args:
-        path: checkpoint directory, run directory (its newest valid checkpoint), or a ``.pth`` file of the
-            official code, of EsViT or, for a ResNet, of torchvision.
+        path: checkpoint directory, run directory (its newest valid checkpoint), a ``.pth`` file of the
+            official code, of EsViT or, for a ResNet, of torchvision; a ``.safetensors`` file of ours or
+            timm's; a folder of timm's or, for a ViT, of transformers'. Its contents tell which of them it is.
         arch: checked against the file if given; settles the number of heads of a ViT file that does not tell.
             A Swin of another window than the file's gets its bias tables resized.
         patch_size: checked against the file if given.
@@ -47,12 +51,16 @@ def load_backbone(
     path = Path(path)
     if key not in ("auto", "teacher", "student"):
         raise ValueError(f"key: expected auto, teacher or student, got {key!r}")
-    state, settings = _native(path, key) if path.is_dir() else _official(path, key)
-    family = _family(path, state)
+    native = path.is_dir() and file_of(path) is None
+    state, settings = _native(path, key) if native else _foreign(path, key)
+    family = "timm" if _is_timm(settings) else _family(path, state)
     if arch is not None and backbone_family(arch) != family:
         raise WeightsError(f"{path}: expected {arch}, the file holds a {KINDS[family]}")
     if family == "vit":
         model: Backbone = _vit(path, state, settings, arch, patch_size)
+    elif family == "timm":
+        with torch.random.fork_rng(devices=[]):  # not without memory: some of its buffers are in no file
+            model = TimmBackbone(settings["arch"], settings["img_size"], settings["in_chans"])
     elif family == "resnet":
         model = _resnet(path, state, arch, patch_size)
     else:
@@ -64,6 +72,11 @@ def load_backbone(
     whole = {n: state[n].float() if state[n].is_floating_point() else state[n] for n in model.state_dict()}
     model.load_state_dict(whole, assign=True)
     return model.eval()
+
+
+def _is_timm(settings: Mapping[str, Any]) -> bool:
+    """Whether a run of ours trained a model of timm's."""
+    return "img_size" in settings and str(settings.get("arch")).startswith("timm:")
 
 
 def _family(path: Path, state: Mapping[str, Tensor]) -> str:
@@ -190,24 +203,31 @@ def _count(state: Mapping[str, Tensor], prefix: str) -> int:
 
 def _native(path: Path, key: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
     model, _, meta = checkpoint.load(find_checkpoint(path))
-    if key == "auto":
-        sibling = meta["config"].get("method", {}).get("method", "dino") not in ("dino", "esvit")
-        key = "student" if sibling else "teacher"
+    key = evaluated(meta, key)
     if key == "teacher" and not any(name.startswith("teacher.") for name in model):
         raise WeightsError(f"{path}: has no teacher, only a student")
     prefix = f"{key}.backbone."
     state = {name.removeprefix(prefix): t for name, t in model.items() if name.startswith(prefix)}
-    return state, meta["config"]["model"]
+    return state, {**meta["config"]["model"], "img_size": meta["config"]["crops"]["global_crops_size"]}
 
 
-def _official(path: Path, key: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    official = read_official(path)
+def evaluated(meta: Mapping[str, Any], key: str) -> str:
+    """``key``, or for auto what is the result of the run whose checkpoint has this ``meta``."""
+    if key != "auto":
+        return key
+    sibling = meta["config"].get("method", {}).get("method", "dino") not in ("dino", "esvit")
+    return "student" if sibling else "teacher"
+
+
+def _foreign(path: Path, key: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    contents, settings = read_weights(path)
+    official = understood(contents, path)
     bare = official.student is None and official.args is None
     weights = official.teacher if bare or key != "student" else official.student
     if weights is None:
         raise WeightsError(f"{path}: has no {'teacher' if key == 'auto' else key}")
     state = {k.removeprefix("backbone."): v for k, v in weights.items() if k.startswith("backbone.")}
-    return state, official.args or {}
+    return state, official.args or settings
 
 
 def _sizes(path: Path, state: Mapping[str, Tensor]) -> dict[str, Any]:
@@ -235,7 +255,10 @@ def _sizes(path: Path, state: Mapping[str, Tensor]) -> dict[str, Any]:
 
 def _num_heads(path: Path, settings: Mapping[str, Any], arch: str | None, embed_dim: int) -> int:
     if settings.get("num_heads"):
-        return int(settings["num_heads"])
+        heads = settings["num_heads"]
+        if not isinstance(heads, int) or heads < 1 or embed_dim % heads:
+            raise WeightsError(f"{path}: expected heads that divide the width {embed_dim}, got {heads!r}")
+        return heads
     named = settings.get("arch") if settings.get("arch") in ARCHITECTURES else arch
     if named is not None:
         return ARCHITECTURES[named][2]

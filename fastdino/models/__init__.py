@@ -12,6 +12,7 @@ from fastdino.config import Config, ModelConfig, backbone_family
 from fastdino.models.head import DINOHead
 from fastdino.models.resnet import ResNet, standard_resnet
 from fastdino.models.swin import SwinTransformer, standard_swin
+from fastdino.models.timm_model import TimmBackbone
 from fastdino.models.vit import VisionTransformer, standard_vit, vit_base, vit_small, vit_tiny
 
 __all__ = [
@@ -20,6 +21,7 @@ __all__ = [
     "MultiCropModel",
     "ResNet",
     "SwinTransformer",
+    "TimmBackbone",
     "VisionTransformer",
     "build_backbone",
     "build_head",
@@ -31,7 +33,7 @@ __all__ = [
 ]
 
 
-Backbone: TypeAlias = VisionTransformer | ResNet | SwinTransformer
+Backbone: TypeAlias = VisionTransformer | ResNet | SwinTransformer | TimmBackbone
 
 
 class MultiCropModel(nn.Module):
@@ -52,13 +54,15 @@ class MultiCropModel(nn.Module):
 def build_backbone(model: ModelConfig, *, drop_path_rate: float = 0.0, img_size: int = 224) -> Backbone:
     """The backbone a configuration describes; ConfigError or ValueError naming what does not fit.
 
-    ``img_size`` is that of a ViT's position embeddings; a ResNet has no stochastic depth.
+    ``img_size`` is that of position embeddings, where there are any; a ResNet has no stochastic depth.
     """
     family = backbone_family(model.arch)
     if family == "resnet":
         return standard_resnet(model.arch, in_chans=model.in_chans)
     if family == "swin":
         return standard_swin(model.arch, in_chans=model.in_chans, drop_path_rate=drop_path_rate)
+    if family == "timm":
+        return TimmBackbone(model.arch, img_size, model.in_chans, drop_path_rate)
     return standard_vit(
         model.arch,
         img_size=img_size,

@@ -83,7 +83,7 @@ def read_results(name: str, folder: Path) -> Network:
     for path in sorted(folder.glob("*.json")):
         try:
             record = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             network.failures[path.stem] = f"{path.name} cannot be read: {error}"
             continue
         if isinstance(record, dict) and isinstance(record.get("figures"), dict) and "protocol" in record:
@@ -231,10 +231,10 @@ def _pictures(network: Network, record: dict[str, Any]) -> list[tuple[str, tuple
     found = []
     root = network.folder.resolve()
     for name, caption in (record.get("pictures") or {}).items():
-        path = (root / str(name)).resolve()
-        if not path.is_relative_to(root):
-            continue
         try:
+            path = (root / str(name)).resolve()
+            if not path.is_relative_to(root):
+                continue
             found.append((str(caption), figures.picture_file(path)))
         except (OSError, SyntaxError, ValueError):
             found.append((f"{name} cannot be read", ("", 0, 0)))

@@ -10,6 +10,7 @@ from __future__ import annotations
 import base64
 import io
 import math
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,6 +18,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 from PIL import Image
+
+from fastdino.data.headers import PILLOW_FORMATS
+from fastdino.data.manifest import printable
 
 if TYPE_CHECKING:
     import torch
@@ -252,7 +256,7 @@ def picture_file(path: Path, most_bytes: int = 1_200_000) -> tuple[str, int, int
 
     Raises OSError if it cannot be read.
     """
-    with Image.open(path) as image:
+    with Image.open(path, formats=PILLOW_FORMATS) as image:
         pixels = image.convert("RGB")
     while True:
         uri = data_uri(np.asarray(pixels), quality=88)
@@ -286,8 +290,8 @@ class Strips:
 
 def strips(
     backbone: VisionTransformer,
-    image_paths: Sequence[str | Path],
-    mask_paths: Sequence[str | Path],
+    image_paths: Sequence[str | os.PathLike[str]],
+    mask_paths: Sequence[str | os.PathLike[str]],
     *,
     side: int,
     device: torch.device | str,
@@ -316,7 +320,7 @@ def strips(
                 mask = Image.fromarray(read_mask(mask_paths[i]))
                 objects = center_crop(mask, side, Image.Resampling.NEAREST)
         except (OSError, ValueError):
-            result.unreadable.append(Path(path).name)
+            result.unreadable.append(printable(Path(path).name))
             continue
         pixels = normalize(torch.from_numpy(photo)[None].to(device))
         with evaluating(backbone):
@@ -336,7 +340,7 @@ def strips(
         shown = photo if objects is None else _outline(photo, objects > 0)
         result.strips.append(
             Strip(
-                name=path.name,
+                name=printable(path.name),
                 photo=data_uri(_resize(shown, 2 * tile if len(found) <= 8 else tile)),
                 features=data_uri(_resize((color.reshape(*grid, 3) * 255).round().astype(np.uint8), tile)),
                 heads=[data_uri(colorize(_enlarge(scale_to_unit(head), tile)), 76) for head in maps],

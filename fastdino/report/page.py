@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 import os
-import shlex
 import time
 from collections.abc import Sequence
 from importlib import resources
@@ -20,13 +19,16 @@ from markupsafe import Markup
 
 from fastdino.engine.logs import write_text
 from fastdino.report import figures
+from fastdino.report.details import bad_files, commands, difference, efficiency
 from fastdino.report.figures import Level, Series, line_chart, short
+from fastdino.report.neighbours import Tile, neighbours
 from fastdino.report.run import (
     Bar,
     Run,
     Scores,
     checks,
     duration,
+    health,
     last_epoch,
     number,
     prototypes_of,
@@ -49,16 +51,17 @@ def write_report(
     run_dir: str | os.PathLike[str],
     *,
     backbone: Backbone | None = None,
-    image_paths: Sequence[str | Path] = (),
-    mask_paths: Sequence[str | Path] = (),
-    device: torch.device | str = "cpu",
+    image_paths: Sequence[str | os.PathLike[str]] = (),
+    mask_paths: Sequence[str | os.PathLike[str]] = (),
+    bank_paths: Sequence[str | os.PathLike[str]] = (),
+    device: torch.device | str | None = None,
 ) -> Path:
     """Write ``report.html`` into a run directory, in one step, and return its path.
 
-    ``backbone`` (on ``device``) and up to eight held-out ``image_paths`` give the attention and feature
-    pictures, if it is a ViT; ``mask_paths``, one object mask per image, adds outlines and overlaps. Raises
-    NotADirectoryError if there is no run directory, ValueError if the number of masks differs from that of
-    the images.
+    ``backbone`` (on ``device``, none: that of its weights) and up to eight held-out ``image_paths`` give the
+    attention and feature pictures, if it is a ViT; ``mask_paths``, one object mask per image, adds outlines
+    and overlaps, ``bank_paths`` the images among which neighbours are looked for. Raises NotADirectoryError
+    if there is no run directory, ValueError if the number of masks differs from that of the images.
     """
     root = Path(run_dir)
     if not root.is_dir():
@@ -68,9 +71,11 @@ def write_report(
             f"mask_paths: expected one per image ({len(image_paths)}) or none, got {len(mask_paths)}"
         )
     run = Run.read(root)
-    seen = None
+    seen, alike = None, []
+    if backbone is not None and device is None:
+        device = next(backbone.parameters()).device
     vit = _vision_transformer(backbone)
-    if vit is not None and image_paths:
+    if vit is not None and image_paths and device is not None:
         seen = figures.strips(
             vit,
             image_paths[:_MOST_IMAGES],
@@ -78,7 +83,12 @@ def write_report(
             side=_side(run, vit.patch_size),
             device=device,
         )
-    page = render(run, seen)
+    if backbone is not None and image_paths and bank_paths and device is not None:
+        chosen = number(run.config.get("eval_image_size"))
+        side = int(chosen) if chosen >= 1 else _trained_side(run)
+        queries = image_paths[:_MOST_IMAGES]
+        alike = neighbours(backbone, queries, bank_paths, side=side, device=device)
+    page = render(run, seen, alike)
     path = root / "report.html"
     write_text(path, page, errors="replace")
     return path
@@ -93,16 +103,25 @@ def _vision_transformer(backbone: Backbone | None) -> VisionTransformer | None:
     return backbone if isinstance(backbone, VisionTransformer) else None
 
 
+def _trained_side(run: Run) -> int:
+    """Side of the global crops, which evaluations use too."""
+    trained = number(run.config.get("global_crops_size"))
+    return int(trained) if trained >= 1 else 224
+
+
 def _side(run: Run, patch: int) -> int:
     """Image side for attention maps: twice that of training, for finer maps, but not above 480 pixels."""
-    trained = number(run.config.get("global_crops_size"))
-    side = int(trained) if trained >= patch else 14 * patch
+    trained = _trained_side(run)
+    side = trained if trained >= patch else 14 * patch
     return max(patch, min(2 * side, max(side, 480)) // patch * patch)
 
 
-def render(run: Run, seen: figures.Strips | None) -> str:
-    """The whole page as text; ``seen`` are the pictures of held-out images, if any."""
+def render(run: Run, seen: figures.Strips | None = None, alike: Sequence[Sequence[Tile]] = ()) -> str:
+    """The whole page as text; ``seen`` are the pictures of held-out images and ``alike`` those of their
+    neighbours, if any.
+    """
     scores = read_scores(run)
+    findings = checks(run, scores)
     template = page_template("page.html")
     return template.render(
         css=Markup(resource("page.css")),
@@ -110,8 +129,9 @@ def render(run: Run, seen: figures.Strips | None) -> str:
         written=time.strftime("%d %B %Y, %H:%M").lstrip("0"),
         facts=_facts(run),
         tiles=_tiles(run, scores),
+        health=health(findings),
         verdict=verdict(scores),
-        checks=checks(run, scores),
+        checks=findings,
         scores=scores,
         knn_bars=[
             Bar(name, top1[scores.main], tone) for name, tone, top1 in scores.rows if scores.main in top1
@@ -119,19 +139,23 @@ def render(run: Run, seen: figures.Strips | None) -> str:
         charts=_charts(run, scores),
         split=time_split(run),
         seen=seen,
+        alike=alike,
+        efficiency=efficiency(run),
+        difference=difference(run),
+        bad_files=bad_files(run),
+        commands=commands(run),
         crops=run.crops,
         crop_text=_crop_text(run),
         config=_table(run.config),
         environment=_table(run.environment),
         epochs=_epoch_table(run),
         problems=run.problems,
-        command=f"python -m fastdino.evaluation knn --weights {shlex.quote(str(run.root))} --data_path DIR",
     )
 
 
 def page_template(name: str) -> Template:
-    """A page of this folder, whose head is common to all."""
-    return environment().from_string(resource("head.html") + resource(name))
+    """A page of this folder, with what is common to all."""
+    return environment().from_string(resource("head.html") + resource("plot.html") + resource(name))
 
 
 def environment() -> Environment:
@@ -237,6 +261,11 @@ def _charts(run: Run, scores: Scores) -> dict[str, figures.Chart | None]:
             margin=0.11,
         ),
         "knn": line_chart([knn], levels=baselines, from_zero=True, heading=heading, unit=" %"),
+        "norms": chart(
+            series("grad_norm", "gradient", 1, smooth=True),
+            series("center_norm", "center", 2, smooth=True),
+            from_zero=True,
+        ),
         "lr": chart(series("lr", "learning rate", 3), from_zero=True),
         "wd": chart(series("wd", "weight decay", 3)),
         "momentum": chart(series("momentum", "teacher momentum", 3)),

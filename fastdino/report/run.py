@@ -14,6 +14,7 @@ from typing import Any
 
 import yaml
 
+from fastdino import strict_yaml
 from fastdino.report import figures
 
 _PHASES = (
@@ -44,7 +45,7 @@ class Run:
         run.metrics = run._lines("metrics.jsonl", "step")
         run.epochs = run._lines("log.txt", "epoch")
         run.evals = run._lines("eval.jsonl", "step", unique=False)
-        run.config = flat(run._mapping("config.yaml", yaml.safe_load))
+        run.config = flat(run._mapping("config.yaml", strict_yaml.parse))
         run.environment = run._mapping("environment.json", json.loads)
         if (root / "crops.png").exists():
             try:
@@ -230,6 +231,15 @@ def checks(run: Run, scores: Scores) -> list[Check]:
         else:
             found.append(Check("good", "Data keeps up", text))
     return found
+
+
+def health(found: list[Check]) -> tuple[str, str]:
+    """State and words of the worst findings; empty where there is none at all."""
+    for state in ("bad", "note"):
+        titles = [check.title for check in found if check.state == state]
+        if titles:
+            return state, "; ".join([titles[0], *(title[0].lower() + title[1:] for title in titles[1:])])
+    return ("good", "Healthy") if found else ("", "")
 
 
 def prototypes_of(run: Run) -> float:

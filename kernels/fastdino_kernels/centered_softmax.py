@@ -34,4 +34,6 @@ def centered_softmax(logits: Tensor, center: Tensor, *, temp: float | Tensor) ->
     check_temperature("temp", temp)
     dtype = torch.promote_types(logits.dtype, torch.float32)
     form, logits, temp = sinkhorn.prepare(logits, temp)
-    return form.targets(logits, temp, center.double() / temp.double(), dtype)
+    # To the kernels -inf is a prototype that no sample admits; as a center it is an error, which must show.
+    c = (center.double() / temp.double()).masked_fill(center == -torch.inf, torch.nan)
+    return form.targets(logits, temp, c, dtype)

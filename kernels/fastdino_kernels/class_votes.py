@@ -20,12 +20,15 @@ from .native import call, int64, pointer
 def class_votes(classes: Tensor, weights: Tensor, truth: Tensor, *, ks: Sequence[int], number: int) -> Tensor:
     """Ranks of the true classes, int64 [rows, len(ks)]; -1 where no vote is above zero.
 
-    `classes`: int64 [rows, k] of the neighbours, best first, each in 0 ... `number` - 1, which is not
-    checked. `weights`: float64 [rows, k], not negative. `truth`: int64 [rows]; negative for a class without
-    neighbours. `ks`: ascending numbers of neighbours, 1 ... k.
+    `classes`: int64 [rows, k] of the neighbours, best first, each in 0 ... `number` - 1. `weights`: float64
+    [rows, k], not negative. `truth`: int64 [rows], below `number`; negative for a class without neighbours.
+    `ks`: ascending numbers of neighbours, 1 ... k. Classes are checked on the CPU only.
 
     Raises TypeError or ValueError naming the argument.
     """
+    for name, x in (("classes", classes), ("weights", weights), ("truth", truth)):
+        if not isinstance(x, Tensor) or x.layout is not torch.strided or x.device != classes.device:
+            raise TypeError(f"{name}: expected a dense tensor, all on one device, got {type(x).__name__}")
     if classes.dtype != torch.int64 or truth.dtype != torch.int64 or weights.dtype != torch.float64:
         raise TypeError(
             "classes, weights, truth: expected int64, float64 and int64, got "
@@ -38,6 +41,15 @@ def class_votes(classes: Tensor, weights: Tensor, truth: Tensor, *, ks: Sequence
         )
     if list(ks) != sorted(ks) or not all(1 <= k <= classes.shape[1] for k in ks):
         raise ValueError(f"ks: expected ascending numbers of 1 to {classes.shape[1]}, got {list(ks)}")
+    if not isinstance(number, int) or number < 1:
+        raise ValueError(f"number: expected a whole number, at least 1, got {number!r}")
+    if classes.device.type == "cpu" and classes.numel():
+        low, high = (int(x) for x in classes.aminmax())
+        if low < 0 or max(high, int(truth.max())) >= number:
+            raise ValueError(
+                f"classes, truth: expected numbers of 0 to {number - 1} (negative ones for truth alone), got "
+                f"{low} to {high} and up to {int(truth.max())}"
+            )
     if resolve(classes) != "cpu":
         return _reference(classes, weights, truth, ks, number)
     ranks = torch.empty(len(classes), len(ks), dtype=torch.int64)

@@ -12,7 +12,7 @@ import functools
 import warnings
 from pathlib import Path
 
-ABI = 3  # fdk_abi() of csrc/abi.cpp
+ABI = 4  # fdk_abi() of csrc/abi.cpp
 PATH = Path(__file__).with_name("libfastdino_cpu.so")
 
 
@@ -45,7 +45,9 @@ def num_threads() -> int:
 
 
 def check(code: int, name: str) -> None:
-    """Raises RuntimeError (MemoryError for code 2) when the C function `name` returned an error code."""
+    """Raises ValueError for code 1 of the C function `name`, MemoryError for 2, RuntimeError for others."""
+    if code == 1:
+        raise ValueError(f"{name}: error 1, an argument that cannot be")
     if code == 2:
         raise MemoryError(f"{name}: out of memory")
     if code != 0:

@@ -25,7 +25,7 @@ from .backend import resolve
 from .native import call, int64, on_huge_pages, pointer
 from .operators import operator, register_gradient
 from .reference import DinoLoss
-from .validate import check_no_grad, check_temperature, check_tensor, check_views
+from .validate import check_no_grad, check_prototypes, check_temperature, check_tensor, check_views
 
 KERNEL_DTYPES = (torch.float32, torch.bfloat16)
 
@@ -195,6 +195,7 @@ def dino_loss(
     k = student_logits.shape[1]
     check_tensor("teacher_logits", teacher_logits, ("G*B", k), like=student_logits)
     check_tensor("center", center, (k,), like=student_logits)
+    check_prototypes("student_logits", k)
     check_no_grad("teacher_logits", teacher_logits)
     check_temperature("student_temp", student_temp)
     check_temperature("teacher_temp", teacher_temp)

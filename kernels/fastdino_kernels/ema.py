@@ -54,6 +54,9 @@ def ema_update_(teacher: Sequence[Tensor], student: Sequence[Tensor], momentum: 
         raise ValueError(f"student: expected {len(teacher)} tensors, as many as teacher, got {len(student)}")
     check_number("momentum", momentum, 0, 1)
     for i, (t, s) in enumerate(zip(teacher, student, strict=True)):
+        if not (isinstance(t, Tensor) and isinstance(s, Tensor)):
+            got = f"{type(t).__name__} and {type(s).__name__}"
+            raise TypeError(f"teacher[{i}], student[{i}]: expected tensors, got {got}")
         if t.shape != s.shape or t.device != s.device:
             raise ValueError(
                 f"student[{i}]: expected {list(t.shape)} on {t.device}, got {list(s.shape)} on {s.device}"
@@ -86,17 +89,23 @@ def ema_update_(teacher: Sequence[Tensor], student: Sequence[Tensor], momentum: 
 
 
 def host_norms(grads: Sequence[Tensor | None]) -> list[float]:
-    """Euclidean norm of each gradient, summed in double; 0 for None. It is finite exactly if all elements
-    are, and does not depend on the number of threads. On a GPU this waits for the gradients."""
+    """Euclidean norm of each gradient; 0 for None. On a GPU this waits for the gradients."""
+    return [math.sqrt(square) for square in host_square_sums(grads)]
+
+
+def host_square_sums(grads: Sequence[Tensor | None]) -> list[float]:
+    """Sum of the squares of each gradient, in double; 0 for None. It is finite exactly if all elements are,
+    and does not depend on the number of threads. On a GPU this waits for the gradients."""
     plain = [g for g in grads if g is not None and is_plain(g, g)]
     if not plain or plain[0].device.type != "cpu" or resolve(plain[0]) != "cpu":
         plain = []
     squares = (ctypes.c_double * len(plain))()
     if plain:
         call("fdk_sums_of_squares", *int64(len(plain)), pointers(plain), sizes(plain), squares)
-    of = {id(g): math.sqrt(square) for g, square in zip(plain, squares, strict=True)}
+    of = {id(g): square for g, square in zip(plain, squares, strict=True)}
     return [
-        0.0 if g is None else of[id(g)] if id(g) in of else reference.norm(g, g.device).item() for g in grads
+        0.0 if g is None else of[id(g)] if id(g) in of else reference.square_sum(g, g.device).item()
+        for g in grads
     ]
 
 
@@ -138,10 +147,10 @@ def grad_square_sums(grads: Sequence[Tensor | None]) -> Tensor:
         return torch.zeros(len(grads), dtype=torch.float64)
     device = present[0].device
     if kind != "triton" and device.type == "cpu":
-        return torch.tensor(host_norms(grads), dtype=torch.float64).square()
+        return torch.tensor(host_square_sums(grads), dtype=torch.float64)
     fast = [kind == "triton" and g is not None and is_plain(g, g, DTYPES) for g in grads]
     quick = [g for f, g in zip(fast, grads, strict=True) if f and g is not None]
-    others = [reference.norm(g, device).square() for f, g in zip(fast, grads, strict=True) if not f]
+    others = [reference.square_sum(g, device) for f, g in zip(fast, grads, strict=True) if not f]
     if not quick:
         return torch.stack(others)
     from .gpu import ema as gpu

@@ -90,11 +90,12 @@ def _forward(
     query, key = query.float(), key.float()
     similarity = (query * key).sum(1)
     difference = (largest.double() - similarity) / t + total.log()  # [R]
+    difference = difference.masked_fill(similarity == torch.inf, torch.nan)  # no perfect match: an overflow
     loss = torch.logaddexp(difference, torch.zeros_like(difference)).mean().float()
     if needs_grad:
         share = (difference.sigmoid() / (rows * t)).float()[:, None]
         mean = share * (mean / total.float()[:, None] - key)
-    return loss, (similarity > largest).float().mean(), mean
+    return loss, ((similarity > largest) & ~total.isnan()).float().mean(), mean
 
 
 def fake_forward(

@@ -10,18 +10,22 @@ of ``match`` [R, G] holds the n_r teacher rows that z_r is compared with (negati
 
 This is the dense loss of EsViT (:func:`fastdino_kernels.region_loss`), where every region of a view meets one
 region of each teacher view, and iBOT's loss on masked patches (:func:`fastdino_kernels.patch_loss`), where
-match is the identity. The teacher's rows are gathered inside the kernels, by index, and never copied; W is
-taken in chunks of columns, so that nothing of size [R, K] exists. One GEMM makes a chunk's logits, one pass
-over them leaves a record of statistics for each row and BLOCK columns (see csrc/matched_loss.cpp), and the
-records are merged at the end. The backward makes the logits again, turns them into dx in place and multiplies
-twice. Statistics, dx and the accumulation of dz over chunks are fp32.
+match is the identity. The teacher's rows are gathered inside the kernels, by index, and never copied.
+
+On a CPU nothing of size [R, K] exists because rows are taken group by group: some student rows and all
+teacher rows that they meet (of EsViT: those of some images). A GEMM makes the logits of a chunk of columns,
+one pass over them while they are in the cache leaves exp(x) in their place and a record of statistics for
+each row and BLOCK columns (see csrc/matched_loss.cpp). When all columns have been seen, the records are
+merged, a second pass turns the exponentials into dx in place, and two GEMMs add the chunk's part to dz and
+dW. So no product and no exponential is computed twice, and the backward of autograd multiplies dz and dW by
+a number. Statistics, and the sums over chunks and groups, are fp32.
 """
 
 from __future__ import annotations
 
 import ctypes
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -30,70 +34,99 @@ from . import reference
 from .backend import gemm_dtype, resolve
 from .dino_loss import temperature
 from .native import call, int64, on_huge_pages, pointer
-from .operators import operator, register_gradient
+from .operators import operator
 from .reference import MatchedLoss
 from .validate import check_no_grad, check_temperature, check_tensor
 
 BLOCK = 1024  # columns of a record, as in csrc/matched_loss.cpp; chunks are multiples of it
-CHUNK_BYTES = 12 << 20  # of logits, the teacher's weights exp(y) and converted prototypes in a chunk
+CHUNK_BYTES = 8 << 20  # of a group's logits and the teacher's weights exp(y) in a chunk of columns
+GROUP_BYTES = 256 << 20  # of the same in all columns
+_ROUNDS = 16  # of looking for rows that belong together
 
 
-def column_chunks(k: int, block: int, bytes_per_column: int, chunk_bytes: int) -> Iterator[slice]:
-    """Slices of the K columns, multiples of ``block`` wide but for the last."""
-    size = max(1, chunk_bytes // (bytes_per_column * block)) * block
-    return (slice(begin, min(begin + size, k)) for begin in range(0, k, size))
+class Group(NamedTuple):
+    """Student rows [n], the teacher rows [m] that they meet, and ``match`` [n, G] in terms of the latter."""
+
+    rows: Tensor
+    teachers: Tensor
+    match: Tensor
 
 
-class Chunks:
-    """Makes the logits of one chunk of columns after another, in buffers [R, width] and [T, width]."""
+def groups(match: Tensor, teacher_rows: int, row_bytes: int, teacher_bytes: int) -> Iterator[Group]:
+    """All student rows that have a target and all teacher rows, in groups of about GROUP_BYTES at most.
 
-    def __init__(
-        self,
-        student_z: Tensor,
-        teacher_z: Tensor,
-        k: int,
-        dtype: torch.dtype,
-        block: int,
-        bytes_per_column: int,
-        chunk_bytes: int,
-    ) -> None:
-        self.z, self.y, self.dtype = student_z.to(dtype), teacher_z.to(dtype), dtype
-        self.slices = list(column_chunks(k, block, bytes_per_column, chunk_bytes))
-        width = -(-self.slices[0].stop // block) * block
-        self.x = self.z.new_empty(len(student_z), width)
-        self.t = self.z.new_empty(len(teacher_z), width)
+    Rows that meet the same teacher rows stay together where they fit, so that few of those are in two groups.
+    Teacher rows that nobody meets come last, without student rows.
+    """
+    valid = match >= 0
+    met = match[valid]
+    label = torch.arange(teacher_rows)  # of each teacher row: the first one that it is connected with
+    for _ in range(_ROUNDS):
+        of_row = label[match.clamp(min=0)].where(valid, teacher_rows).amin(1)
+        previous, label = label, label.scatter_reduce(0, met, of_row[:, None].expand_as(match)[valid], "amin")
+        if torch.equal(previous, label):
+            break
+    order = of_row.argsort(stable=True)[: int(valid.any(1).sum())]
+    used = torch.zeros(teacher_rows, dtype=torch.bool).index_fill_(0, met, True)
+    students = torch.bincount(of_row[order], minlength=teacher_rows)
+    costs = students * row_bytes + torch.bincount(label[used], minlength=teacher_rows) * teacher_bytes
+    for rows in _cut(order, students, costs, row_bytes + match.shape[1] * teacher_bytes):
+        found = valid[rows]
+        teachers, places = torch.unique(match[rows][found], return_inverse=True)
+        yield Group(rows, teachers, torch.full_like(match[rows], -1).masked_scatter_(found, places))
+    alone = (~used).nonzero()[:, 0]
+    for teachers in alone.split(max(1, GROUP_BYTES // teacher_bytes)) if len(alone) else ():
+        yield Group(match.new_empty(0), teachers, match.new_empty(0, match.shape[1]))
 
-    def make(self, student_weight: Tensor, teacher_weight: Tensor) -> tuple[Tensor, Tensor]:
-        """Logits x [R, C] and, converted, the student's weights [C, D]; the teacher's logits are in ``t``."""
-        weight, columns = student_weight.to(self.dtype), len(student_weight)
-        x = self.x[:, :columns]
-        torch.mm(self.z, weight.t(), out=x)
-        torch.mm(self.y, teacher_weight.to(self.dtype).t(), out=self.t[:, :columns])
-        return x, weight
+
+def _cut(order: Tensor, students: Tensor, costs: Tensor, row_cost: int) -> Iterator[Tensor]:
+    """Runs of ``order``; ``students[i]`` rows that cost ``costs[i]`` bytes together stay so if that fits."""
+    present = students.nonzero()[:, 0]
+    begin = end = cost = 0
+    for count, more in zip(students[present].tolist(), costs[present].tolist(), strict=True):
+        if end > begin and cost + more > GROUP_BYTES:
+            yield order[begin:end]
+            begin, cost = end, 0
+        end, cost = end + count, cost + more
+        if cost > GROUP_BYTES:  # one set alone; in the worst case its rows share no teacher row
+            yield from order[begin:end].split(max(1, GROUP_BYTES // row_cost))
+            begin, cost = end, 0
+    if end > begin:
+        yield order[begin:end]
 
 
-class _HostChunks(Chunks):
-    """With the teacher's exp(y) [T, width] in fp32, in place of its logits where they are fp32 themselves."""
+class _Buffers:
+    """Logits x and the teacher's weights exp(y) of one group after another, chunk by chunk of columns."""
 
-    def __init__(self, student_z: Tensor, teacher_z: Tensor, k: int, dtype: torch.dtype) -> None:
-        rows, (teacher_rows, d) = len(student_z), teacher_z.shape
-        copies = dtype != torch.float32
-        per_column = (rows + teacher_rows + d) * dtype.itemsize + copies * teacher_rows * 4
-        super().__init__(student_z, teacher_z, k, dtype, BLOCK, per_column, CHUNK_BYTES)
-        self.weights = torch.empty_like(self.t, dtype=torch.float32) if copies else self.t
+    def __init__(self, parts: list[Group], k: int, dtype: torch.dtype) -> None:
+        self.k, self.dtype = k, dtype
+        rows, teachers = max(len(g.rows) for g in parts), max(len(g.teachers) for g in parts)
+        self.x = on_huge_pages(torch.empty(rows * k, dtype=dtype))
+        self.weights = on_huge_pages(torch.empty(teachers * k))
+        # The teacher's logits lie where its weights will, unless they are of another type.
+        self.t = None if dtype == torch.float32 else torch.empty(0, dtype=dtype)
 
-    def arguments(
-        self, center: Tensor, match: Tensor, student_temp: Tensor, teacher_temp: Tensor
-    ) -> tuple[object, ...]:
-        """Those that the C functions of both passes have in common, for the chunk made last."""
-        return (
-            *map(pointer, (self.x, self.t, center, match)),
-            *int64(len(self.x), len(self.t), match.shape[1], len(center), self.x.stride(0), self.t.stride(0)),
-            ctypes.c_int(self.dtype == torch.bfloat16),
-            ctypes.c_double(student_temp.item()),
-            ctypes.c_double(teacher_temp.item()),
-            pointer(self.weights),
-        )
+    def chunks(self, group: Group) -> Iterator[tuple[slice, Tensor, Tensor, Tensor]]:
+        """Columns; x [n, C], t [m, C] and weights [m, C], each dense."""
+        n, m = len(group.rows), len(group.teachers)
+        per_column = n * self.dtype.itemsize + m * (4 if self.t is None else 6)
+        width = max(1, CHUNK_BYTES // (per_column * BLOCK)) * BLOCK
+        for begin in range(0, self.k, width):
+            end = min(begin + width, self.k)
+            x, weights = (
+                self.x[n * begin : n * end].view(n, end - begin),
+                self.weights[m * begin : m * end].view(m, end - begin),
+            )
+            t = weights if self.t is None else self.t.resize_(m, end - begin)
+            yield slice(begin, end), x, t, weights
+
+
+def _add_product(into: Tensor, a: Tensor, b: Tensor) -> None:
+    """into += a b, in fp32 but for the product of 16-bit factors."""
+    if a.dtype == into.dtype:
+        into.addmm_(a, b)
+    else:
+        into += torch.mm(a, b)
 
 
 @operator("fastdino::matched_loss_fwd")
@@ -108,101 +141,103 @@ def _forward(
     student_temp: Tensor,
     teacher_temp: Tensor,
     dtype: torch.dtype,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """-> loss, kl, entropy [], batch center [K], max and sum of student [2, R] and teacher rows [2, T]."""
-    (rows, targets), teacher_rows, k = match.shape, len(teacher_z), len(center)
-    if int(match.max()) >= teacher_rows:
-        raise ValueError(f"match: expected rows of the teacher, below {teacher_rows}, got {int(match.max())}")
-    blocks = -(-k // BLOCK)
-    student_parts = center.new_empty(rows, blocks, 2 + targets)
-    teacher_parts = center.new_empty(teacher_rows, blocks, 3)
-    batch_center = torch.empty_like(center)
-    mean_y = teacher_z.mean(0, dtype=torch.float32)
-    chunks = _HostChunks(student_z, teacher_z, k, dtype)
-    for columns in chunks.slices:
-        chunks.make(student_weight[columns], teacher_weight[columns])
-        torch.mv(teacher_weight[columns].float(), mean_y, out=batch_center[columns])
-        call(
-            "fdk_matched_statistics",
-            *chunks.arguments(center[columns], match, student_temp, teacher_temp),
-            *int64(columns.start // BLOCK, blocks),
-            pointer(student_parts),
-            pointer(teacher_parts),
-        )
-    student_stats, teacher_stats = center.new_empty(2, rows), center.new_empty(2, teacher_rows)
-    result = (ctypes.c_double * 3)()
-    call(
-        "fdk_matched_combine",
-        *map(pointer, (match, row_weight)),
-        *int64(rows, teacher_rows, targets, blocks),
-        ctypes.c_double(student_temp.item()),
-        ctypes.c_double(teacher_temp.item()),
-        *map(pointer, (student_parts, teacher_parts, student_stats, teacher_stats)),
-        result,
-    )
-    loss, kl, entropy = (torch.tensor(value, dtype=torch.float32) for value in result)
-    return loss, kl, entropy, batch_center, student_stats, teacher_stats
-
-
-@operator("fastdino::matched_loss_bwd")
-def _backward(
-    grad_loss: Tensor,
-    student_z: Tensor,
-    student_weight: Tensor,
-    teacher_z: Tensor,
-    teacher_weight: Tensor,
-    center: Tensor,
-    match: Tensor,
-    row_weight: Tensor,
-    student_temp: Tensor,
-    teacher_temp: Tensor,
-    student_stats: Tensor,
-    teacher_stats: Tensor,
-    dtype: torch.dtype,
     needs_z: bool,
     needs_weight: bool,
-) -> tuple[Tensor, Tensor]:
-    """-> dz, dW in the dtypes of z and W, [0] where not needed."""
-    dz = torch.zeros(student_z.shape if needs_z else 0, dtype=torch.float32)
-    dw = on_huge_pages(torch.empty_like(student_weight) if needs_weight else student_weight.new_empty(0))
-    chunks = _HostChunks(student_z, teacher_z, len(center), dtype)
-    with torch.autocast("cpu", enabled=False):
-        for columns in chunks.slices:
-            dx, weight = chunks.make(student_weight[columns], teacher_weight[columns])
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """-> loss, kl, entropy [], batch center [K], dz [R, D] and dW [K, D], [0] where not needed; all fp32."""
+    targets, teacher_rows, k = match.shape[1], len(teacher_z), len(center)
+    if int(match.max()) >= teacher_rows:
+        raise ValueError(f"match: expected rows of the teacher, below {teacher_rows}, got {int(match.max())}")
+    mean_y = teacher_z.mean(0, dtype=torch.float32)
+    batch_center = torch.cat([torch.mv(part.float(), mean_y) for part in teacher_weight.split(4 * BLOCK)])
+    z, w, y, v = (x.to(dtype) for x in (student_z, student_weight, teacher_z, teacher_weight))
+    dz = torch.zeros(z.shape if needs_z else 0)
+    dw = on_huge_pages(torch.empty(w.shape if needs_weight else 0)).zero_()
+    entropies = torch.empty(teacher_rows, dtype=torch.float64)
+    loss = kl = 0.0  # nats
+
+    blocks = -(-k // BLOCK)
+    temperatures = ctypes.c_double(student_temp.item()), ctypes.c_double(teacher_temp.item())
+    parts = list(groups(match, teacher_rows, k * dtype.itemsize, k * 4))
+    buffers = _Buffers(parts, k, dtype)
+    for group in parts:
+        n, m = len(group.rows), len(group.teachers)
+        group_z, group_y, group_weight = z[group.rows], y[group.teachers], row_weight[group.rows]
+        records = torch.empty(n, blocks, 2 + targets), torch.empty(m, blocks, 3)
+        for columns, x, t, weights in buffers.chunks(group):
+            torch.mm(group_z, w[columns].t(), out=x)
+            torch.mm(group_y, v[columns].t(), out=t)
+            call(
+                "fdk_matched_statistics",
+                *map(pointer, (x, t, center[columns], group.match)),
+                *int64(n, m, targets, x.shape[1]),
+                ctypes.c_int(dtype == torch.bfloat16),
+                *temperatures,
+                pointer(weights),
+                *int64(columns.start // BLOCK, blocks),
+                *map(pointer, records),
+            )
+        statistics = torch.empty(2, n), torch.empty(2, m)
+        of_teachers = torch.empty(m, dtype=torch.float64)
+        result = (ctypes.c_double * 2)()
+        call(
+            "fdk_matched_combine",
+            *map(pointer, (group.match, group_weight)),
+            *int64(n, m, targets, blocks),
+            *temperatures,
+            *map(pointer, (*records, *statistics, of_teachers)),
+            result,
+        )
+        loss, kl = loss + result[0], kl + result[1]
+        entropies[group.teachers] = of_teachers
+        if n == 0 or not (needs_z or needs_weight):
+            continue
+        group_dz = torch.zeros(n, z.shape[1])
+        for columns, dx, _, weights in buffers.chunks(group):
             call(
                 "fdk_matched_gradient",
-                *chunks.arguments(center[columns], match, student_temp, teacher_temp),
-                *map(pointer, (row_weight, student_stats, teacher_stats)),
-                ctypes.c_double(grad_loss.item()),
+                *map(pointer, (dx, weights, group.match, group_weight)),
+                *int64(n, m, targets, dx.shape[1]),
+                ctypes.c_int(dtype == torch.bfloat16),
+                *temperatures,
+                *int64(columns.start // BLOCK, blocks),
+                *map(pointer, (*records, *statistics)),
             )
             if needs_z:
-                dz += torch.mm(dx, weight)
-            if needs_weight and dw.dtype == dtype:
-                torch.mm(dx.t(), chunks.z, out=dw[columns])
-            elif needs_weight:
-                dw[columns] = torch.mm(dx.t(), chunks.z)
-    return dz.to(student_z.dtype), dw
+                _add_product(group_dz, dx, w[columns])
+            if needs_weight:
+                _add_product(dw[columns], dx.t(), group_z)
+        if needs_z:
+            dz[group.rows] = group_dz
+    entropy = entropies.mean().float()
+    return torch.tensor(loss), torch.tensor(kl), entropy, batch_center, dz, dw
 
 
-def complete(forward: Any, backward: Any) -> None:
-    """Fake results and autograd of a pair of operators with the signatures above."""
-
-    def fake_forward(*arguments: Any) -> tuple[Tensor, ...]:
-        center, match, teacher_z = arguments[4], arguments[5], arguments[2]
-        shapes = ((), (), (), center.shape[0], (2, match.shape[0]), (2, teacher_z.shape[0]))
-        return tuple(center.new_empty(shape, dtype=torch.float32) for shape in shapes)
-
-    def fake_backward(*arguments: Any) -> tuple[Tensor, Tensor]:
-        z, weight, *_, needs_z, needs_weight = arguments[1:]
-        dz = torch.empty_like(z) if needs_z else z.new_empty(0)
-        return dz, torch.empty_like(weight) if needs_weight else weight.new_empty(0)
-
-    torch.library.register_fake(forward, fake_forward)
-    torch.library.register_fake(backward, fake_backward)
-    register_gradient(forward, backward, leaves=2, kept=4, passed=1)
+@torch.library.register_fake(_forward)
+def _fake(*arguments: Any) -> tuple[Tensor, ...]:
+    z, weight, center, needs = arguments[0], arguments[1], arguments[4], arguments[-2:]
+    shapes = (x.shape if need else (0,) for x, need in zip((z, weight), needs, strict=True))
+    return tuple(
+        center.new_empty(shape, dtype=torch.float32) for shape in ((), (), (), center.shape, *shapes)
+    )
 
 
-complete(_forward, _backward)
+def _keep(ctx: Any, inputs: Any, output: Any) -> None:
+    ctx.arguments, ctx.dtypes = len(inputs), (inputs[0].dtype, inputs[1].dtype)
+    ctx.save_for_backward(*output[4:])
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)
+
+
+def _gradients(ctx: Any, grad: Any, *_: Any) -> tuple[Any, ...]:
+    found: list[Any] = [None] * ctx.arguments
+    if grad is not None:
+        for i, (unit, dtype) in enumerate(zip(ctx.saved_tensors, ctx.dtypes, strict=True)):
+            found[i] = (grad * unit).to(dtype) if ctx.needs_input_grad[i] else None
+    return tuple(found)
+
+
+torch.library.register_autograd(_forward, _gradients, setup_context=_keep)
 
 
 def matched_loss(
@@ -280,7 +315,8 @@ def matched_loss(
         results = gpu.matched_loss(*arguments, student_temp, teacher_temp, dtype)
     else:
         dtype = torch.float32 if dtype == torch.float16 else dtype
-        results = _forward(*arguments, temperature(student_temp), temperature(teacher_temp), dtype)
+        needs = (torch.is_grad_enabled() and x.requires_grad for x in (student_z, student_weight))
+        results = _forward(*arguments, temperature(student_temp), temperature(teacher_temp), dtype, *needs)
     loss, kl, entropy, batch_center = results[:4]
     return MatchedLoss(loss, batch_center, entropy, kl)
 

@@ -39,6 +39,7 @@ COLUMNS = 16  # the last two are 0
 
 ORDERS = tuple(itertools.permutations((BRIGHTNESS, CONTRAST, SATURATION, HUE)))
 MAX_SIGMA = 100.0
+MAX_SIDE = 1 << 24  # of images: what float32, the type of the parameters, counts up to exactly
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -335,6 +336,8 @@ def _check(
 
 def _check_image(name: str, image: np.ndarray | Tensor, device: torch.device) -> None:
     if isinstance(image, Tensor):
+        if image.layout is not torch.strided:
+            raise TypeError(f"{name}: expected a dense tensor, got {image.layout}")
         if image.device.type != "cpu" and image.device != device:
             also = "" if device.type == "cpu" else f" or one on {device}, as out[0]"
             raise ValueError(f"{name}: expected a CPU tensor{also}, got {image.device}")
@@ -345,8 +348,10 @@ def _check_image(name: str, image: np.ndarray | Tensor, device: torch.device) ->
         raise TypeError(f"{name}: expected a numpy array or a tensor, got {type(image).__name__}")
     if image.dtype not in (np.uint8, torch.uint8):
         raise TypeError(f"{name}: expected uint8, got {image.dtype}")
-    if image.ndim != 3 or image.shape[2] != 3 or 0 in image.shape:
-        raise ValueError(f"{name}: expected shape [height, width, 3], got {list(image.shape)}")
+    if image.ndim != 3 or image.shape[2] != 3 or 0 in image.shape or max(image.shape) > MAX_SIDE:
+        raise ValueError(
+            f"{name}: expected shape [height, width, 3], sides up to {MAX_SIDE}, got {list(image.shape)}"
+        )
     if not contiguous:
         strides = image.stride() if isinstance(image, Tensor) else image.strides
         raise ValueError(f"{name}: expected a contiguous image, got strides {strides}")
@@ -360,6 +365,8 @@ def _check_out(out: Sequence[Tensor], n: int) -> None:
     for v, tensor in enumerate(out):
         if not isinstance(tensor, Tensor):
             raise TypeError(f"out[{v}]: expected a tensor, got {type(tensor).__name__}")
+        if tensor.layout is not torch.strided:
+            raise TypeError(f"out[{v}]: expected a dense tensor, got {tensor.layout}")
         if tensor.device.type not in ("cpu", "cuda") or tensor.device != out[0].device:
             expected = "a CPU or CUDA tensor, all views on one device"
             raise ValueError(f"out[{v}]: expected {expected}, got {tensor.device}")

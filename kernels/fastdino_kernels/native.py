@@ -15,7 +15,7 @@ _HUGE_PAGES_FROM = 4 << 20  # bytes
 
 
 def call(name: str, *arguments: object) -> None:
-    """Run a kernel on torch's number of threads; RuntimeError with its name when it fails."""
+    """Run a kernel on torch's number of threads; errors as those of :func:`csrc.check`."""
     library = csrc.library()
     assert library is not None, "callers ask backend.resolve first"
     csrc.check(getattr(library, name)(*arguments, ctypes.c_int(csrc.num_threads())), name)

@@ -8,6 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+# A copy of this package under another name (hub.py) has operators of its own, so both fit into one process.
+_PACKAGE = __name__.rpartition(".")[0]
+NAMESPACE = "fastdino" if _PACKAGE == "fastdino_kernels" else _PACKAGE
+
 
 def operator(name: str, device: str = "cpu") -> Callable[[Callable[..., Any]], Any]:
     """Decorator that makes a function the form for ``device`` of the operator ``namespace::name``.
@@ -21,9 +25,10 @@ def operator(name: str, device: str = "cpu") -> Callable[[Callable[..., Any]], A
 
     def register(function: Callable[..., Any]) -> Any:
         schema = torch.library.infer_schema(function, mutates_args=())
-        torch.library.define(name, schema, tags=(torch.Tag.pt2_compliant_tag,))
-        torch.library.impl(name, device, function)
         namespace, _, short = name.partition("::")
+        namespace = NAMESPACE if namespace == "fastdino" else namespace
+        torch.library.define(f"{namespace}::{short}", schema, tags=(torch.Tag.pt2_compliant_tag,))
+        torch.library.impl(f"{namespace}::{short}", device, function)
         return getattr(getattr(torch.ops, namespace), short).default
 
     return register

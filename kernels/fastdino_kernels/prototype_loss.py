@@ -27,7 +27,7 @@ from .dino_loss import add_statistics, new_state, result, state_size, temperatur
 from .native import on_huge_pages
 from .operators import operator, register_gradient
 from .reference import PrototypeLoss
-from .validate import check_no_grad, check_temperature, check_tensor, check_views
+from .validate import check_no_grad, check_prototypes, check_temperature, check_tensor, check_views
 
 BLOCK = 4096  # columns per work item of the kernels; chunks are multiples of it
 CHUNK_BYTES = 12 << 20  # allocated per chunk; each chunk costs some 10 barriers of torch's threads
@@ -237,6 +237,7 @@ def prototype_loss(
     check_tensor("teacher_z", teacher_z, ("G*B", d), like=student_z)
     check_tensor("teacher_weight", teacher_weight, (k, d), like=student_z)
     check_tensor("center", center, (k,), like=student_z)
+    check_prototypes("student_weight", k)
     check_no_grad("teacher_z", teacher_z)
     check_no_grad("teacher_weight", teacher_weight)
     check_temperature("student_temp", student_temp)

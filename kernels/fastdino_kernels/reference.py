@@ -76,21 +76,22 @@ def dino_loss(
         raw = _upcast(teacher_logits.detach())  # [G*B, K]
         log_p = F.log_softmax((raw - center) / teacher_temp, dim=-1)
         p = log_p.exp()
-        entropy = -(p * log_p).sum(-1).mean()
+        entropy = -(p * log_p).masked_fill(p == 0, 0).sum(-1).mean()
         batch_center = raw.mean(0)  # [K]
     x = _upcast(student_logits) / student_temp  # [V*B, K]
-    k = x.shape[-1]
     x, p = (
         x.unflatten(0, (-1, p.shape[0] // n_global)),
         p.unflatten(0, (n_global, -1)),
     )  # [V, B, K], [G, B, K]
     views, images = x.shape[:2]
-    target = p.sum(0).expand(views, images, k)  # [V, B, K]
-    target = torch.cat([target[:n_global] - p, target[n_global:]])  # a view is not paired with itself
+    own = range(n_global)  # a view is not paired with itself
+    others = [sum((p[g] for g in own if g != v), torch.zeros_like(p[0])) for v in own]
+    target = torch.stack(others + (views - n_global) * [p.sum(0)])  # [V, B, K]
     n_pairs = torch.full((views, 1), float(n_global), dtype=x.dtype, device=x.device)
     n_pairs[:n_global] -= 1
     weight = 1.0 / (n_global * (views - 1) * images)
-    loss = weight * (n_pairs * x.logsumexp(-1) - (target * x).sum(-1)).sum()
+    rows_loss = torch.where(n_pairs > 0, n_pairs * x.logsumexp(-1) - (target * x).sum(-1), 0)  # [V, B]
+    loss = weight * rows_loss.sum()
     return DinoLoss(loss, batch_center, entropy, loss.detach() - entropy)
 
 
@@ -239,6 +240,13 @@ def norm(grad: Tensor | None, device: torch.device) -> Tensor:
     if grad is None:
         return torch.zeros((), dtype=torch.float64, device=device)
     return torch.linalg.vector_norm(grad, dtype=torch.float64)
+
+
+def square_sum(grad: Tensor | None, device: torch.device) -> Tensor:
+    """Sum of the squares in float64, 0-dim; 0 without a gradient."""
+    if grad is None:
+        return torch.zeros((), dtype=torch.float64, device=device)
+    return grad.double().square().sum()
 
 
 Norm = TypeVar("Norm", float, Tensor)

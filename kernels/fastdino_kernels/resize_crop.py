@@ -19,7 +19,7 @@ from torch import Tensor
 
 from . import csrc
 from .backend import resolve
-from .multicrop import IMAGENET_MEAN, IMAGENET_STD, resample_weights
+from .multicrop import IMAGENET_MEAN, IMAGENET_STD, MAX_SIDE, resample_weights
 
 DTYPES = (torch.uint8, torch.float32, torch.bfloat16, torch.float16)
 
@@ -44,13 +44,15 @@ def resize_crop(
     """
     array = _check_image(image)
     _check_out(out)
+    if len(size) != 2 or len(corner) != 2 or not all(isinstance(n, int) for n in (*size, *corner)):
+        raise ValueError(f"size, corner: expected two whole numbers each, got {size!r} and {corner!r}")
     window = (*corner, *out.shape[1:])
     for axis, name in enumerate(("row", "column")):
         start, length, side = window[axis], window[2 + axis], size[axis]
-        if side < 1 or start < 0 or start + length > side:
+        if not 1 <= side <= MAX_SIDE or start < 0 or start + length > side:
             raise ValueError(
-                f"size, corner: expected a window inside the resized image, got {name}s {start} to "
-                f"{start + length} of {side}"
+                f"size, corner: expected a window inside the resized image, sides up to {MAX_SIDE}, "
+                f"got {name}s {start} to {start + length} of {side}"
             )
     table = None if out.dtype == torch.uint8 else _table(tuple(mean), tuple(std), out.dtype)
     lib = csrc.library() if resolve(out) == "cpu" else None
@@ -100,20 +102,23 @@ def _table(mean: tuple[float, ...], std: tuple[float, ...], dtype: torch.dtype) 
 
 
 def _check_image(image: np.ndarray | Tensor) -> np.ndarray:
+    if isinstance(image, Tensor) and (image.device.type != "cpu" or image.layout is not torch.strided):
+        raise ValueError(f"image: expected a dense CPU tensor, got {image.layout} on {image.device}")
     array = image.numpy() if isinstance(image, Tensor) else image
     if not isinstance(array, np.ndarray) or array.dtype != np.uint8:
         got = array.dtype if isinstance(array, np.ndarray) else type(array).__name__
         raise TypeError(f"image: expected uint8, got {got}")
-    if array.ndim != 3 or array.shape[2] != 3 or 0 in array.shape or not array.flags.c_contiguous:
+    good = array.ndim == 3 and array.shape[2] == 3 and 0 not in array.shape and array.flags.c_contiguous
+    if not good or max(array.shape) > MAX_SIDE:
         raise ValueError(
-            f"image: expected a contiguous [height, width, 3], got {list(array.shape)} "
-            f"with strides {list(array.strides)}"
+            f"image: expected a contiguous [height, width, 3], sides up to {MAX_SIDE}, "
+            f"got {list(array.shape)} with strides {list(array.strides)}"
         )
     return array
 
 
 def _check_out(out: Tensor) -> None:
-    if not isinstance(out, Tensor) or out.dtype not in DTYPES:
+    if not isinstance(out, Tensor) or out.layout is not torch.strided or out.dtype not in DTYPES:
         got = out.dtype if isinstance(out, Tensor) else type(out).__name__
         raise TypeError(f"out: expected a tensor of {', '.join(str(d) for d in DTYPES)}, got {got}")
     if out.device.type != "cpu" or out.ndim != 3 or out.shape[0] != 3 or 0 in out.shape:

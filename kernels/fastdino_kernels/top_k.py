@@ -17,6 +17,7 @@ from .backend import resolve
 from .native import call, int64, pointer
 
 _SLACK = 32  # numbers that the kernel compares at a time
+_MOST = (1 << 30) - _SLACK  # twice as many and the slack are an int of C
 _LAST = 1 << 62  # column of what is not there yet: behind all others
 
 
@@ -29,8 +30,9 @@ class RunningTopK:
     """
 
     def __init__(self, rows: int, k: int, device: torch.device | str = "cpu") -> None:
-        if rows < 1 or k < 1:
-            raise ValueError(f"rows, k: expected at least 1, got {rows} and {k}")
+        if not (isinstance(rows, int) and isinstance(k, int)) or rows < 1 or not 1 <= k <= _MOST:
+            expected = f"whole numbers, at least 1, k at most {_MOST}"
+            raise ValueError(f"rows, k: expected {expected}, got {rows!r} and {k!r}")
         self.rows, self.k, self.device = rows, k, torch.device(device)
         self.native = resolve(torch.empty(0, device=self.device)) == "cpu"
         self.seen = torch.zeros(rows, dtype=torch.int64)  # columns so far
@@ -45,8 +47,12 @@ class RunningTopK:
 
     def add(self, scores: Tensor, column: int, row: int = 0) -> None:
         """A block of the matrix: fp32 [r, c], whose first element is in ``row`` and ``column``."""
+        if not isinstance(scores, Tensor) or scores.ndim != 2 or scores.layout is not torch.strided:
+            got = list(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
+            raise TypeError(f"scores: expected a dense tensor [r, c], got {got}")
         r, c = scores.shape
-        if scores.dtype != torch.float32 or scores.device.type != self.device.type or scores.stride(1) != 1:
+        here = scores.device.type == self.device.type
+        if scores.dtype != torch.float32 or not here or (c > 1 and scores.stride(1) != 1):
             raise ValueError(
                 f"scores: expected float32 on {self.device} with contiguous rows, got {scores.dtype} on "
                 f"{scores.device} with strides {scores.stride()}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import numbers
 from typing import Any
 
 import torch
@@ -21,12 +22,19 @@ def check_tensor(name: str, x: Any, shape: tuple[str | int, ...], *, like: Tenso
         )
     if x.dtype not in FLOATS:
         raise TypeError(f"{name}: expected a floating-point tensor, got {x.dtype}")
+    if x.layout is not torch.strided or x.is_nested:
+        raise TypeError(f"{name}: expected a dense tensor, got {'nested' if x.is_nested else x.layout}")
     if x.dim() != len(shape) or any(
         isinstance(e, int) and n != e for n, e in zip(x.shape, shape, strict=True)
     ):
         raise ValueError(f"{name}: expected shape [{', '.join(map(str, shape))}], got {list(x.shape)}")
     if like is not None and x.device != like.device:
         raise ValueError(f"{name}: expected device {like.device}, got {x.device}")
+
+
+def check_prototypes(name: str, number: int) -> None:
+    if number == 0:
+        raise ValueError(f"{name}: expected at least one prototype, got none")
 
 
 def check_temperature(name: str, value: float | Tensor) -> None:
@@ -43,6 +51,8 @@ def check_views(
     student_name: str, student_rows: int, teacher_name: str, teacher_rows: int, n_global: int
 ) -> None:
     """V*B student rows and G*B teacher rows of the same B >= 1 images, with V >= G and at least one pair."""
+    if not isinstance(n_global, (int, torch.SymInt)):
+        raise TypeError(f"n_global: expected a whole number, got {n_global!r}")
     if n_global < 1:
         raise ValueError(f"n_global: expected at least 1, got {n_global}")
     if teacher_rows == 0 or teacher_rows % n_global:
@@ -71,6 +81,8 @@ def check_number(
     if isinstance(value, Tensor):
         if value.dim() != 0:
             raise ValueError(f"{name}: expected a number or a 0-dim tensor, got shape {list(value.shape)}")
+    elif not isinstance(value, numbers.Real):
+        raise TypeError(f"{name}: expected a number or a 0-dim tensor, got {type(value).__name__}")
     elif not (low <= value <= high) or (positive and value == 0):
         at_least = f">{'' if positive else '='} {low:g}"
         expected = f"a number in [{low:g}, {high:g}]" if high < math.inf else f"a number {at_least}"

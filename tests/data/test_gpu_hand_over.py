@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from fastdino_kernels import backend
 from fastdino_kernels.multicrop import multicrop as finish
 from PIL import Image
 
@@ -88,6 +89,15 @@ def cuda(monkeypatch) -> list[tuple]:
 
     allocate = buffers._allocate
     monkeypatch.setattr(buffers, "_allocate", in_its_memory)
+
+    def uploaded(tensor, *args, **options):
+        if args and args[0] == CUDA:
+            log.append(("upload", torch.cuda.current_stream(), tensor.nbytes))
+            return tensor
+        return to(tensor, *args, **options)
+
+    to = torch.Tensor.to
+    monkeypatch.setattr(torch.Tensor, "to", uploaded)
 
     def multicrop(images, params, *, out, num_threads):
         log.append(("fill", torch.cuda.current_stream(), out[0].data_ptr()))
@@ -175,6 +185,23 @@ def expected(manifest) -> list[Crops]:
 def test_the_batches_are_those_of_the_cpu_path(manifest, expected, injected, monkeypatch, cache_decoded):
     assert_same(on_gpu(manifest, 8, monkeypatch, cache_decoded=cache_decoded), expected)
     assert_same(on_gpu(manifest, 3, monkeypatch, start_step=5, cache_decoded=cache_decoded), expected[5:])
+
+
+def test_decoded_images_stay_on_the_gpu(manifest, expected, cuda, monkeypatch, triton_device):
+    """Each is sent once, in one copy with others; then the kernels there, interpreted here, read it."""
+    seen = []
+
+    def multicrop(images, params, *, out, num_threads):
+        seen.extend(images)
+        with backend("triton" if len(seen) == BATCH else "auto"):  # the interpreter takes its time
+            finish(images, params, out=out)
+
+    monkeypatch.setattr(module, "multicrop", multicrop)
+    assert_same(on_gpu(manifest, 2, monkeypatch, cache_decoded=True), expected[:2])
+    sent = [entry for entry in cuda if entry[0] == "upload"]
+    assert [size for *_, size in sent] == [sum(decode(path).nbytes for path in manifest.paths)]
+    assert all(isinstance(image, torch.Tensor) for image in seen)
+    assert len({image.untyped_storage().data_ptr() for image in seen}) == 1
 
 
 def test_events_order_the_two_streams(manifest, cuda, injected, monkeypatch):

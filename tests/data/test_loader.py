@@ -24,7 +24,7 @@ from fastdino.data import loader as module
 from fastdino.data.augment import crop_parameters
 from fastdino.data.loader import Crops, ImageSource, MultiCropLoader, free_memory, wants_cache
 from fastdino.data.manifest import Manifest, build_manifest
-from fastdino.data.prescan import prescan
+from fastdino.data.prescan import decode, prescan
 from fastdino.data.sampler import step_ids
 
 CROPS = CropConfig(global_crops_size=16, local_crops_size=8, local_crops_number=2)
@@ -440,6 +440,20 @@ def test_the_cache_is_taken_when_the_images_fit(manifest, tmp_path, monkeypatch)
     assert wants_cache(scanned, "auto", 1)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
     assert not wants_cache(scanned, "auto", 1)
+
+
+def test_the_memory_that_counts_is_that_of_the_gpu_that_finishes(manifest, monkeypatch):
+    gpu, free = torch.device("cuda", 1), {}
+    needed = sum(decode(path).nbytes for path in manifest.paths)
+    monkeypatch.setattr(module, "free_memory", lambda: pytest.fail("asked for the host's memory"))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free[device], 1 << 40))
+    free[gpu] = 4 * needed
+    assert wants_cache(manifest, "auto", 1, gpu) and not wants_cache(manifest, "off", 1, gpu)
+    free[gpu] = 4 * needed - 4
+    assert not wants_cache(manifest, "auto", 1, gpu) and wants_cache(manifest, "on", 1, gpu)
+    free[gpu] = needed - 1
+    with pytest.raises(ValueError, match="--cache_decoded on: .* expected at most the free .* of cuda:1"):
+        wants_cache(manifest, "on", 1, gpu)
 
 
 def test_a_large_data_set_is_not_opened_to_decide(manifest, monkeypatch):

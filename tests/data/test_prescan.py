@@ -56,7 +56,7 @@ BAD = {
     "half.png": (encoded(photo(40, 60), "PNG")[:800], "not an image, or cut short"),
     "half.webp": (encoded(photo(40, 60), "WEBP")[:150], "damaged webp image"),
     "movie.jpg": (encoded(photo(40, 60), "GIF"), "not an image, or cut short (the file starts with"),
-    "bomb.png": (bomb_png(), "30000 x 30000 pixels, more than the limit of 178,956,970"),
+    "bomb.png": (bomb_png(), "30000 x 30000 pixels, more than the limit of 67,108,864"),
 }
 
 

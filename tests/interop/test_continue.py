@@ -24,8 +24,8 @@ def test_training_continues_at_the_next_epoch(tmp_path, layout) -> None:
     torch.save(contents, tmp_path / "checkpoint.pth")
     import_checkpoint(tmp_path / "checkpoint.pth", tmp_path / "run")
     fastdino.train(
-        str(tmp_path / "images"),
-        str(tmp_path / "run"),
+        tmp_path / "run",
+        tmp_path / "images",
         config=str(tmp_path / "run" / "config.yaml"),
         batch_size_per_gpu=2,
         epochs=2,

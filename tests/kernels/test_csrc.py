@@ -72,10 +72,12 @@ def test_threads_follow_torch():
 
 def test_check():
     csrc.check(0, "f")
-    with pytest.raises(RuntimeError, match="f: error 1"):
+    with pytest.raises(ValueError, match="f: error 1"):
         csrc.check(1, "f")
     with pytest.raises(MemoryError, match="f: out of memory"):
         csrc.check(2, "f")
+    with pytest.raises(RuntimeError, match="f: error 3"):
+        csrc.check(3, "f")
 
 
 def test_python_threads_share_the_pool(library):

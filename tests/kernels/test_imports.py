@@ -28,10 +28,13 @@ def python(code: str, folder: Path | None = None) -> str:
 def test_import_is_quick_and_light() -> None:
     code = """
 import time, torch
+sockets = []
+sys.addaudithook(lambda event, _: sockets.append(event) if event.startswith("socket.") else None)
 start = time.process_time()
 import fastdino_kernels
 print(time.process_time() - start)
-print(*(name for name in ("triton", "fastdino", "torch._dynamo", "torch._inductor") if name in sys.modules))
+heavy = "triton", "fastdino", "torch._dynamo", "torch._inductor", "matplotlib", "nvidia", "PIL", "yaml"
+print(*(name for name in heavy if name in sys.modules), *sockets)
 """
     runs = [python(code).splitlines() for _ in range(3)]
     assert all(line[1] == "" for line in runs)
@@ -106,6 +109,23 @@ def test_the_command_prints_the_table(library: object) -> None:
     gpu = "triton" if importlib.util.find_spec("triton") else "reference"
     for operation, backends in table.items():
         assert backends == ["cpu", gpu], operation
+
+
+def test_the_command_on_a_bare_machine_gives_reasons(tmp_path: Path) -> None:
+    ignore = shutil.ignore_patterns("*.so", "__pycache__")
+    shutil.copytree(Path(fastdino_kernels.__file__).parent, tmp_path / "fastdino_kernels", ignore=ignore)
+    code = """
+sys.modules["triton"] = None  # as if it were not installed
+import torch
+torch.cuda.is_available = lambda: False
+from fastdino_kernels.__main__ import main
+main()
+"""
+    text = python(code, tmp_path)
+    for reason in ("no CUDA device", "libfastdino_cpu.so is not built", "triton is not installed"):
+        assert reason in text, text
+    rows = [line.split() for line in text.splitlines()]
+    assert all([operation, "reference", "reference"] in rows for operation in OPERATIONS)
 
 
 def test_public_names_exist_and_are_documented() -> None:

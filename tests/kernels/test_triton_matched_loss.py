@@ -258,7 +258,7 @@ def test_a_chunk_is_all_there_is_of_the_logits(triton_device: torch.device) -> N
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(kernels, "BLOCK", 1024)
         patch.setattr(kernels, "CHUNK_BYTES", 48 << 20)
-        chunks = gpu._chunks(z, y, k, torch.bfloat16)
+        chunks = gpu.Chunks(z, y, k, torch.bfloat16)
     assert chunks.x.nbytes + chunks.t.nbytes <= 48 << 20
     assert chunks.slices[0].start == 0 and chunks.slices[-1].stop == k
     assert all(a.stop == b.start for a, b in zip(chunks.slices, chunks.slices[1:], strict=False))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from html.parser import HTMLParser
 
 import numpy as np
@@ -11,14 +12,18 @@ import pytest
 import torch
 from PIL import Image
 
-from fastdino.config import Config, config_to_yaml
+from fastdino.config import Config, config_to_yaml, preset, with_flags
+from fastdino.dryrun import flops_per_image
 from fastdino.models import VisionTransformer
-from fastdino.report import write_report
-from fastdino.report.run import Run, checks, duration, read_scores, time_split, training_seconds
+from fastdino.report import details, write_report
+from fastdino.report.__main__ import main
+from fastdino.report.neighbours import neighbours
+from fastdino.report.run import Run, checks, duration, health, read_scores, time_split, training_seconds
 
 MISSING = {
     "No k-NN figures",
     "No attention maps or patch features",
+    "No neighbours",
     "No curves",
     "No contact sheet",
     "No speed",
@@ -181,7 +186,7 @@ def test_whole_report(run_dir, backbone, images):
         "Where the time went",
     ):
         assert title in words, title
-    assert not [sentence for sentence in MISSING if sentence in words]
+    assert [sentence for sentence in MISSING if sentence in words] == ["No neighbours"]
     pictures = [value for tag, name, value in page.attributes if tag == "img" and name == "src"]
     assert len(pictures) == 2 * (1 + 1 + 3) + 1  # photo, features and three heads each; the crops
     assert words.count("% overlap") == 2
@@ -316,3 +321,108 @@ def test_time(run_dir):
 def test_masks_must_match_images(run_dir, backbone, images):
     with pytest.raises(ValueError, match="mask_paths"):
         write_report(run_dir, backbone=backbone, image_paths=images[0], mask_paths=images[1][:1])
+
+
+def test_neighbours(run_dir, backbone, images, tmp_path):
+    (tmp_path / "broken.jpg").write_text("no image")
+    rng = np.random.default_rng(1)
+    bank = [tmp_path / f"bank{i}.png" for i in range(7)]
+    for path in bank:
+        Image.fromarray(rng.integers(0, 256, (40, 40, 3), dtype=np.uint8)).save(path)
+    Image.open(images[0][1]).save(tmp_path / "copy.png")
+    paths = [*images[0], *bank, tmp_path / "copy.png", tmp_path / "broken.jpg"]
+    rows = neighbours(backbone.eval(), images[0], paths, side=32, device="cpu")
+    assert [[tile.cosine for tile in row][0] for row in rows] == [None, None]
+    assert [len(row) for row in rows] == [6, 6]
+    assert rows[1][1].name == "copy.png" and rows[1][1].cosine == pytest.approx(1.0, abs=1e-5)
+    for row in rows:
+        cosines = [tile.cosine for tile in row[1:]]
+        assert cosines == sorted(cosines, reverse=True)
+        assert not {"photo0.jpg", "photo1.jpg"} & {tile.name for tile in row[1:]}
+    text = write_report(run_dir, backbone=backbone, image_paths=images[0], bank_paths=paths).read_text()
+    page = assert_self_contained(text)
+    assert "Nearest training images" in page.text and "No neighbours" not in page.text
+    assert neighbours(backbone, images[0], bank[:5], side=32, device="cpu") == []
+
+
+def test_health(run_dir):
+    assert "Healthy" in Page(write_report(run_dir).read_text()).text
+    lines = [record(s, teacher_entropy=0.05, t_data=1.0, bad_steps=2) for s in (50, 100)]
+    (run_dir / "metrics.jsonl").write_text(jsonl(lines))
+    assert health(checks(Run.read(run_dir), read_scores(Run.read(run_dir)))) == (
+        "note",
+        "2 bad steps; waiting for data",
+    )
+    (run_dir / "log.txt").unlink()
+    words = Page(write_report(run_dir).read_text()).text
+    assert "Healthy" not in words and "Collapsed to one prototype" in words.split("Did it learn?")[0]
+    assert health([]) == ("", "")
+
+
+def test_what_differs_from_the_nearest_preset(run_dir):
+    config = with_flags(Config(), preset("paper-300") | {"lr": 0.001, "data_path": "/photos"})
+    (run_dir / "config.yaml").write_text(config_to_yaml(config))
+    found = details.difference(Run.read(run_dir))
+    assert (found.name, found.flags) == ("paper-300", [("lr", "0.001", "0.0005")])
+    words = " ".join(Page(write_report(run_dir).read_text()).text.split())
+    assert "Beside the preset paper-300 1 flag differs" in words and "--lr 0.001 0.0005" in words
+    assert "k-NN 72.8, linear 76.1" in words
+    (run_dir / "config.yaml").write_text("lr: 0.001\nunknown_flag: 3\n")
+    assert details.difference(Run.read(run_dir)).name == ""
+    (run_dir / "config.yaml").write_text("lr: fast\n")
+    assert details.difference(Run.read(run_dir)) is None
+
+
+def test_use_of_the_machine(run_dir):
+    facts = {"device": "NVIDIA A100-SXM4-80GB", "precision": "bfloat16", "processes": 2}
+    (run_dir / "environment.json").write_text(json.dumps(facts))
+    (run_dir / "config.yaml").write_text(config_to_yaml(Config()))
+    lines = [record(s, img_s=1000.0, memory=m) for s, m in ((1, 5_000_000_000), (2, 6_000_000_000))]
+    (run_dir / "metrics.jsonl").write_text(jsonl(lines))
+    used = dict(details.efficiency(Run.read(run_dir)))
+    flops = 1000 * flops_per_image(Config())
+    assert used["Images per second, median"] == "1,000"
+    assert used["Matrix products per second"] == f"{flops / 1e12:,.1f} TFLOP/s"
+    assert used["Model FLOPs utilisation (MFU)"] == f"{100 * flops / 624e12:.1f} % of 624.0 TFLOP/s"
+    assert used["Peak memory of the first process"] == "6.00 GB"
+    (run_dir / "environment.json").write_text(json.dumps(facts | {"precision": "float32"}))
+    assert "Model FLOPs utilisation (MFU)" not in dict(details.efficiency(Run.read(run_dir)))
+
+
+def test_left_out_files_and_commands(run_dir):
+    (run_dir / "bad_files.txt").write_text("".join(f"<{i}>.jpg: truncated\n" for i in range(250)))
+    config = with_flags(Config(), {"data_path": "d/train", "eval_data_path": "d/val"})
+    (run_dir / "config.yaml").write_text(config_to_yaml(config))
+    page = assert_self_contained(write_report(run_dir).read_text())
+    assert "<7>.jpg: truncated" in page.text and "and 50 more in bad_files.txt" in page.text
+    lines = dict(details.commands(Run.read(run_dir)))
+    root = f"'{run_dir}'"
+    again = f"python train.py --config {root}/config.yaml --output_dir {root} --resume auto"
+    assert again in lines.values()
+    assert lines["k-NN"] == f"python -m fastdino.evaluation knn --weights {root} --data_path d"
+    for line in lines.values():
+        assert line in page.text
+
+
+def test_runs_side_by_side(run_dir, tmp_path, capsys):
+    other = tmp_path / "<other>"
+    shutil.copytree(run_dir, other)
+    (other / "config.yaml").write_text((run_dir / "config.yaml").read_text().replace("lr: 0.0005", "lr: 0.1"))
+    (other / "eval.jsonl").unlink()
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    roots = [str(run_dir), str(other), str(empty)]
+    assert main([*roots, "--output", str(tmp_path / "page.html")]) == 0
+    assert capsys.readouterr().out == f"{tmp_path / 'page.html'}\n"
+    page = assert_self_contained((tmp_path / "page.html").read_text())
+    words = " ".join(page.text.split())
+    assert "my run <other> empty" in words
+    assert "k-NN of the teacher, k = 20, % 61.5 - -" in words
+    assert "Steps 100 100 -" in words and "Loss" in words and "k-NN accuracy" in words
+    assert main([roots[0], roots[1], "--output", str(tmp_path / "page.html")]) == 0
+    words = " ".join(Page((tmp_path / "page.html").read_text()).text.split())
+    assert "--lr 0.0005 0.1" in words and "--output_dir" not in words
+    for bad in ([*roots, *roots], [roots[0], str(tmp_path / "nowhere")], [roots[0], "--output", "x.html"]):
+        assert main(bad) == 2
+        assert "python -m fastdino.report: error:" in capsys.readouterr().err
+    assert main([roots[0]]) == 0 and (run_dir / "report.html").exists()

@@ -12,7 +12,7 @@ import json
 import tarfile
 from collections.abc import Iterator
 
-from fastdino.data.formats.window import Entry, Window
+from fastdino.data.formats.window import MAX_HEADER, Entry, Malformed, Window
 
 ENDINGS = ("jpg", "jpeg", "png", "webp", "bmp", "ppm", "pgm", "tif", "tiff", "img", "image")
 MAX_LABEL, MAX_JSON = 256, 1 << 20
@@ -48,9 +48,11 @@ def index(window: Window) -> Iterator[Entry]:
 def _members(window: Window) -> Iterator[tarfile.TarInfo]:
     """Headers of all members, each of whose data lies in the file."""
     last = -1
+    file = _File(window)
     try:
-        tar = tarfile.TarFile(fileobj=_File(window), mode="r", errorlevel=2)
+        tar = tarfile.TarFile(fileobj=file, mode="r", errorlevel=2)
         while (member := tar.next()) is not None:
+            file.left = 2 * MAX_HEADER
             tar.members.clear()  # type: ignore[attr-defined]  # it would keep a kilobyte of each
             if member.offset <= last or member.size < 0:
                 raise window.malformed(member.offset, "a member after the one before", "one that leads back")
@@ -65,7 +67,9 @@ def _members(window: Window) -> Iterator[tarfile.TarInfo]:
                     f"the end of the file after {left}",
                 )
             yield member
-    except (tarfile.TarError, OverflowError) as error:
+    except (Malformed, OSError):
+        raise
+    except Exception as error:  # arbitrary bytes can fail in any operation of tarfile
         at = 0 if last < 0 else last
         raise window.malformed(at, "a tar file", f"{error} (in or after the member there)") from error
     # tarfile takes a damaged header for the end; the real end is a block of zeros.
@@ -89,10 +93,12 @@ def _json_label(window: Window, offset: int, size: int) -> bytes | None:
 
 
 class _File(io.RawIOBase):
-    """What tarfile reads from; a size claimed in a header gets no memory."""
+    """What tarfile reads from; a size claimed in a header gets no memory, an endless header an end."""
 
     def __init__(self, window: Window) -> None:
         self._window, self._position = window, 0
+        self.left = 2 * MAX_HEADER
+        """Bytes that it may still read to find the next member."""
 
     def tell(self) -> int:
         return self._position
@@ -105,6 +111,10 @@ class _File(io.RawIOBase):
 
     def read(self, size: int = -1) -> bytes:
         left = max(0, self._window.size - self._position)
+        self.left -= tarfile.BLOCKSIZE  # also at the end of the file, where tarfile may ask for ever
+        if self.left < 0:
+            raise self._window.malformed(self._position, "a member", "headers without end")
         content = self._window.at(self._position, size if size < 0 else min(size, left), "a header")
         self._position += len(content)
+        self.left -= len(content)
         return content

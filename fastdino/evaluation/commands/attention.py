@@ -97,7 +97,7 @@ def run(flags: argparse.Namespace) -> Result:
 
 
 def _pictures(flags: argparse.Namespace) -> Result:
-    from fastdino.data.manifest import printable
+    from fastdino.data.manifest import one_line
     from fastdino.evaluation.attention import frame_size, write_attention
     from fastdino.evaluation.features import UnreadableImage, list_images, name_below, read_image
 
@@ -124,9 +124,9 @@ def _pictures(flags: argparse.Namespace) -> Result:
                 unreadable.append(str(error))
             progress(done, len(paths))
     if not files:
-        raise ValueError(f"--data_path: none of {len(paths)} can be used: {printable(unreadable[0])}")
+        raise ValueError(f"--data_path: none of {len(paths)} can be used: {one_line(unreadable[0])}")
     for message in unreadable:
-        print(f"left out: {printable(message)}", file=sys.stderr)
+        print(f"left out: {one_line(message)}", file=sys.stderr)
     found = [file for file in files if file.name == "attention.png"]
     return Result(
         figures={},

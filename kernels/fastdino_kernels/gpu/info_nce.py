@@ -166,9 +166,10 @@ def _finish_kernel(
     top = tl.max(m, 0)
     total = tl.sum(s * tl.exp2((m - top) * scale), 0)
     difference = (top - positive) * scale + tl.log2(total)
+    difference = tl.where(positive == float("inf"), float("nan"), difference)  # no perfect match: an overflow
     loss = tl.maximum(difference, 0.0) + tl.log2(1.0 + tl.exp2(-tl.abs(difference)))
     tl.store(result_ptr + row, loss * (1 / LOG2E))
-    tl.store(result_ptr + rows + row, tl.where(positive > top, 1.0, 0.0))
+    tl.store(result_ptr + rows + row, tl.where((positive > top) & (total == total), 1.0, 0.0))
     if NEEDS_GRAD:
         out = tl.zeros([BLOCK_D], tl.float32)
         for i in range(parts):

@@ -10,13 +10,13 @@ every GPU.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 
-from ..matched_loss import column_chunks
 from .launch import LOG2E, Launch
 
 BLOCK = 1024  # columns of a record
@@ -27,6 +27,12 @@ CENTER_ROWS = 32
 CHUNK_BYTES = 48 << 20  # logits of both networks in a chunk; about what a large GPU's L2 holds
 _LOG2E = tl.constexpr(LOG2E)
 _LOWEST = tl.constexpr(torch.finfo(torch.float32).min)  # as maximum, so that -inf - max is no NaN
+
+
+def column_chunks(k: int, bytes_per_column: int) -> Iterator[slice]:
+    """Slices of the K columns, multiples of BLOCK wide but for the last."""
+    size = max(1, CHUNK_BYTES // (bytes_per_column * BLOCK)) * BLOCK
+    return (slice(begin, min(begin + size, k)) for begin in range(0, k, size))
 
 
 @triton.jit
@@ -339,7 +345,7 @@ def launches() -> list[Launch]:
     center = dict(K=k, D=d, ROWS=CENTER_ROWS, COLUMNS=center_columns(d), INT64=False)
     found = []
     for dtype, size, gpus in (("fp32", 4, (70, 80, 90)), ("fp16", 2, (70, 80, 90)), ("bf16", 2, (80, 90))):
-        columns = next(column_chunks(k, BLOCK, (rows + teacher_rows) * size, CHUNK_BYTES)).stop
+        columns = next(column_chunks(k, (rows + teacher_rows) * size)).stop
         problem = f"{rows} student rows, {teacher_rows} teacher rows, {columns} of {k} columns, {dtype}"
         for part, kernel, n, elements in (
             ("teacher", teacher_kernel, teacher_rows, teacher_rows),

@@ -1,27 +1,44 @@
 """Triton form of :func:`fastdino_kernels.matched_loss.matched_loss`; the mathematics is stated there.
 
-A chunk of columns is one GEMM of cuBLAS for each network and, on its result, one launch for each network
-forward and one backward. Gradients of logits are about 1e-7 and would vanish in fp16: dx is kept as
+All rows are taken together, W in chunks of columns, so that nothing of size [R, K] exists: one GEMM of cuBLAS
+for each network and, on its result, one launch for each. The backward makes the logits again, turns them into
+dx in place and multiplies twice. Gradients of logits are about 1e-7 and would vanish in fp16: dx is kept as
 ``GRADIENT_SCALE w_r / max|w| (n_r softmax - targets)``, and its products are scaled back in fp32.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 from torch import Tensor
 
-from ..matched_loss import Chunks, complete
-from ..operators import operator
+from ..operators import operator, register_gradient
 from . import matched_kernels as kernels
 from .launch import needs_int64, on_device_of, scalar
 
 GRADIENT_SCALE = 1024.0
 
 
-def _chunks(student_z: Tensor, teacher_z: Tensor, k: int, dtype: torch.dtype) -> Chunks:
-    per_column = (len(student_z) + len(teacher_z)) * dtype.itemsize
-    return Chunks(student_z, teacher_z, k, dtype, kernels.BLOCK, per_column, kernels.CHUNK_BYTES)
+class Chunks:
+    """Makes the logits of one chunk of columns after another, in buffers [R, width] and [T, width]."""
+
+    def __init__(self, student_z: Tensor, teacher_z: Tensor, k: int, dtype: torch.dtype) -> None:
+        self.z, self.y, self.dtype = student_z.to(dtype), teacher_z.to(dtype), dtype
+        per_column = (len(student_z) + len(teacher_z)) * dtype.itemsize
+        self.slices = list(kernels.column_chunks(k, per_column))
+        width = -(-self.slices[0].stop // kernels.BLOCK) * kernels.BLOCK
+        self.x = self.z.new_empty(len(student_z), width)
+        self.t = self.z.new_empty(len(teacher_z), width)
+
+    def make(self, student_weight: Tensor, teacher_weight: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits x [R, C] and, converted, the student's weights [C, D]; the teacher's logits are in ``t``."""
+        weight, columns = student_weight.to(self.dtype), len(student_weight)
+        x = self.x[:, :columns]
+        torch.mm(self.z, weight.t(), out=x)
+        torch.mm(self.y, teacher_weight.to(self.dtype).t(), out=self.t[:, :columns])
+        return x, weight
 
 
 def _grid(rows: int, columns: slice) -> tuple[int, int]:
@@ -50,7 +67,7 @@ def _forward(
     losses, entropies = center.new_empty(2, rows), center.new_empty(teacher_rows)
     batch_center = torch.empty_like(center)
     with on_device_of(center):
-        chunks = _chunks(student_z, teacher_z, k, dtype)
+        chunks = Chunks(student_z, teacher_z, k, dtype)
         wide = needs_int64(chunks.x, chunks.t, parts, teacher_parts)
         tile = dict(K=k, ROWS=kernels.ROWS, BLOCK=kernels.BLOCK, INT64=wide, num_warps=kernels.WARPS)
         for columns in chunks.slices:
@@ -115,7 +132,7 @@ def _backward(
     factors = row_weight * (GRADIENT_SCALE / largest)
     rest = grad_loss * largest / (GRADIENT_SCALE * student_temp)
     with on_device_of(center), torch.autocast(center.device.type, enabled=False):
-        chunks = _chunks(student_z, teacher_z, k, dtype)
+        chunks = Chunks(student_z, teacher_z, k, dtype)
         wide = needs_int64(chunks.x, chunks.t)
         for columns in chunks.slices:
             dx, weight = chunks.make(student_weight[columns], teacher_weight[columns])
@@ -137,7 +154,21 @@ def _backward(
     return (dz * rest if needs_z else dz).to(student_z.dtype), dw
 
 
-complete(_forward, _backward)
+def _fake_forward(*arguments: Any) -> tuple[Tensor, ...]:
+    teacher_z, center, match = arguments[2], arguments[4], arguments[5]
+    shapes = ((), (), (), center.shape[0], (2, match.shape[0]), (2, teacher_z.shape[0]))
+    return tuple(center.new_empty(shape, dtype=torch.float32) for shape in shapes)
+
+
+def _fake_backward(*arguments: Any) -> tuple[Tensor, Tensor]:
+    z, weight, *_, needs_z, needs_weight = arguments[1:]
+    dz = torch.empty_like(z) if needs_z else z.new_empty(0)
+    return dz, torch.empty_like(weight) if needs_weight else weight.new_empty(0)
+
+
+torch.library.register_fake(_forward, _fake_forward)
+torch.library.register_fake(_backward, _fake_backward)
+register_gradient(_forward, _backward, leaves=2, kept=4, passed=1)
 
 
 def _product(a: Tensor, b: Tensor) -> Tensor:
