@@ -120,6 +120,7 @@ $(VENV)/.run: setup.py pyproject.toml | $(VENV)/.torch
 
 $(VENV)/.dev: $(VENV)/.run
 	FASTDINO_BUILD=0 $(PIP) --quiet -e ".[$(DALI),dev]"
+	-$(PIP) --quiet --no-deps timm==1.0.31  # without torchvision, which chooses a torch; its tests skip without timm
 	@touch $@
 else
 $(VENV)/.run: setup.py pyproject.toml $(wildcard $(LOCKS)/*.txt) | $(PY)

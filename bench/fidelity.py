@@ -48,7 +48,7 @@ from fastdino.data.manifest import build_manifest
 from fastdino.engine.monitor import Monitor
 
 SIZES = {"train": 4000, "test": 2000}  # images
-RECIPE: dict[str, Any] = dict(preset="demo", eval_every=1, report=False, logger="none")
+RECIPE: dict[str, Any] = dict(preset="demo", eval_every=1, report=False, logger="none", resume="none")
 EPOCHS = 10
 FIGURES = {"knn": ("k-NN top-1 (k = 20), %", 1), "loss": ("mean loss", 2)}  # label, digits
 SIDES = {"official": "#D55E00", "fastdino": "#0072B2"}  # Okabe and Ito's colours
@@ -256,6 +256,7 @@ def picture(found: dict[str, list[Curve]], title: str, path: Path) -> None:
             name = f"{side}, mean of {len(runs)} seeds"
             panel.plot(epochs, means, ls=style, lw=2.4, marker=marker, ms=4, color=SIDES[side], label=name)
         panel.set_xlabel("epoch")
+        panel.xaxis.get_major_locator().set_params(integer=True)
         panel.set_ylabel(label)
         panel.spines[["top", "right"]].set_visible(False)
         panel.legend(frameon=False)

@@ -88,7 +88,8 @@ int fdk_soft_cross_entropy(const void* logits, const float* targets, int64_t row
                 const double higher = b.max > top ? b.max : top;
                 const double before = (top - higher) / temp, now = (b.max - higher) / temp;
                 sum = sum * std::exp(before) + b.sum * std::exp(now);
-                cross += total * before + b.cross + b.total * now;
+                // Of no target nothing moves, not even from or to an infinite maximum.
+                cross += (total == 0 ? 0 : total * before) + b.cross + (b.total == 0 ? 0 : b.total * now);
                 total += b.total;
                 top = higher;
             }

@@ -28,6 +28,8 @@ COMMANDS = {
 case "$*" in
   "train.py "*--list_presets*|"train.py "*--help*) exec {python} {root}/"$@" ;;
   "train.py "*) exec {python} {root}/"$@" {toy} ;;
+  "-m fastdino.evaluation linear"*) exec {python} "$@" --epochs 2 ;;
+  "-m fastdino.evaluation report"*) exec {python} "$@" --image_size 32 --protocols knn attention pca ;;
   *) exec {python} "$@" ;;
 esac""",
     "torchrun": """
@@ -101,7 +103,7 @@ def run(block: str, language: str, sandbox: Path) -> subprocess.CompletedProcess
         "SLURM_JOB_NODELIST": "node1",
     }
     command = ["bash", "-e", "-c", block] if language == "sh" else [sys.executable, "-c", block]
-    return subprocess.run(command, cwd=sandbox, env=environment, capture_output=True, text=True, timeout=240)
+    return subprocess.run(command, cwd=sandbox, env=environment, capture_output=True, text=True, timeout=400)
 
 
 @pytest.mark.parametrize("document", DOCUMENTS)

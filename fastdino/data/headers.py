@@ -13,8 +13,12 @@ import zlib
 MAX_PIXELS = 64 << 20
 """Largest image accepted, judged by its header: 64 Mi pixels, 192 MiB as RGB."""
 CODECS = ("jpeg", "png", "webp", "bmp", "pnm", "tiff")
-PILLOW_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "PPM", "TIFF")
-"""The same by the names of Pillow, which would take fifty others and start Ghostscript for one of them."""
+PILLOW_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "PPM", "TIFF", "GIF")
+"""The same and GIF by the names of Pillow, which would take fifty others and start Ghostscript for one."""
+KINDS = ("uint8", "uint16", "float32")
+"""Pixels that DALI takes. It fails on signed ones; at others in a batch of 32 or more it gives up while its
+threads go on with what it has freed, and the process ends.
+"""
 MAX_SCANS = 100
 """Of a JPEG; encoders write one to a dozen."""
 MAX_TEXTS, MAX_METADATA, MAX_CHUNKS = 16, 16 << 20, 30_000
@@ -26,11 +30,17 @@ _SCAN = b"\xff\xda"
 _MARKER = re.compile(rb"\xff[^\x00\xff\xd0-\xd7]")  # within compressed pixels
 
 
-def refusal(codec: str, height: int, width: int, content: bytes) -> str:
-    """Why an image is not decoded; empty for one that may be. Reads no compressed data of usual images."""
+def refusal(codec: str, kind: str, height: int, width: int, content: bytes) -> str:
+    """Why an image of pixels of NumPy type ``kind`` is not decoded; empty for one that may be. Reads no
+    compressed data of usual images.
+    """
     if codec not in CODECS:
         return f"a {codec} image, expected one of {' '.join(CODECS)}"
-    if height * width > MAX_PIXELS:
+    if kind not in KINDS:
+        return f"a {codec} image of {kind or 'unknown'} pixels, expected one of {' '.join(KINDS)}"
+    if not 0 < height * width <= MAX_PIXELS:
+        if height * width == 0:
+            return f"no pixels: {width} x {height}"
         return f"{width} x {height} pixels, more than the limit of {MAX_PIXELS:,}"
     if codec == "jpeg":
         # Two bytes that happen to stand in metadata are counted as well: only many are looked at.

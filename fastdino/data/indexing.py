@@ -195,7 +195,7 @@ def _check_totals(numbers: np.ndarray, columns: dict[str, np.ndarray], keys: byt
 
 def _fits(index: Index, size: int) -> bool:
     """Whether the index of a shard of `size` bytes points into it, and into its own keys and labels."""
-    return (
+    return bool(
         all(
             (np.diff(ends, prepend=0) >= 0).all() and (ends[-1] if len(ends) else 0) == len(text)
             for ends, text in ((index.key_ends, index.keys), (index.label_ends, index.labels))

@@ -40,8 +40,7 @@ class Files(Sequence[str]):
         return os.path.join(self._folder, path) if self._folder else path
 
     def __eq__(self, other: object) -> bool:
-        same = isinstance(other, Sequence) and not isinstance(other, str) and len(self) == len(other)
-        return same and all(map(str.__eq__, self, other))  # type: ignore[arg-type]
+        return isinstance(other, Sequence) and len(self) == len(other) and all(map(str.__eq__, self, other))
 
     def __repr__(self) -> str:
         return repr(list(self))

@@ -135,12 +135,21 @@ def _open(path: str) -> tuple[bytes, Verdict, Any]:
     try:
         stream = import_nvimgcodec().CodeStream(content)
         height, width = stream.height, stream.width
+        kind = _kind(stream)
     except RuntimeError:
         reason = f"not an image, or cut short (the file starts with {content[:8]!r})"
         return content, Verdict(0, 0, reason), None
-    if reason := headers.refusal(stream.codec_name, height, width, content):
+    if reason := headers.refusal(stream.codec_name, kind, height, width, content):
         return content, Verdict(0, 0, reason), None
     return content, Verdict(height, width, ""), stream
+
+
+def _kind(stream: Any) -> str:
+    """NumPy type of an encoded image's pixels; empty for one that NumPy does not have."""
+    try:
+        return str(stream.dtype)
+    except TypeError:
+        return ""
 
 
 def _decode(path: str) -> tuple[Verdict, Any]:

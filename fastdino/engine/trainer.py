@@ -533,9 +533,7 @@ class Trainer:
             try:
                 bank = spread(self.manifest.paths, MOST)
                 pictures = self.monitor.pictures(8)
-                path = write_report(
-                    self.output, backbone=backbone, image_paths=pictures, bank_paths=bank
-                )
+                path = write_report(self.output, backbone=backbone, image_paths=pictures, bank_paths=bank)
                 screen.say(f"report: {path}")
             except Exception:
                 if final:

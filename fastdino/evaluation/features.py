@@ -74,7 +74,7 @@ def read_image(path: ImagePath) -> Image.Image:
 def _opened(content: bytes) -> Image.Image:
     image = Image.open(io.BytesIO(content), formats=headers.PILLOW_FORMATS)
     codec = {"JPEG": "jpeg", "MPO": "jpeg", "PNG": "png"}.get(str(image.format), headers.CODECS[-1])
-    if reason := headers.refusal(codec, image.height, image.width, content):
+    if reason := headers.refusal(codec, "uint8", image.height, image.width, content):
         raise ValueError(reason)
     return image
 

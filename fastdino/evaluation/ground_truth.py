@@ -135,7 +135,7 @@ def _numbers(field: str, value: Any) -> np.ndarray:
 # ----------------------------------------------------------------------------------------------------- pickle
 
 
-class _Numbers(pickle._Unpickler):  # type: ignore[name-defined]
+class _Numbers(pickle._Unpickler):
     """Built-in values and numpy arrays of numbers, nothing else.
 
     The unpickler in Python: the one in C takes 16 GB for a file of nine bytes that numbers a value 2**30.

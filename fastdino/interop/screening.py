@@ -66,7 +66,9 @@ def _same_view(file: IO[bytes], members: list[zipfile.ZipInfo]) -> bool:
     reader = torch._C.PyTorchFileReader(file)
     here = {m.filename.partition("/")[2]: m for m in members}
     return set(reader.get_all_records()) == here.keys() and all(
-        reader.get_record_offset(name) == _data_offset(file, member) for name, member in here.items()
+        reader.get_record_offset(name)  # type: ignore[attr-defined]
+        == _data_offset(file, member)
+        for name, member in here.items()
     )
 
 

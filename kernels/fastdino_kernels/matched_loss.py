@@ -36,7 +36,7 @@ from .dino_loss import temperature
 from .native import call, int64, on_huge_pages, pointer
 from .operators import operator
 from .reference import MatchedLoss
-from .validate import check_no_grad, check_temperature, check_tensor
+from .validate import check_no_grad, check_prototypes, check_temperature, check_tensor
 
 BLOCK = 1024  # columns of a record, as in csrc/matched_loss.cpp; chunks are multiples of it
 CHUNK_BYTES = 8 << 20  # of a group's logits and the teacher's weights exp(y) in a chunk of columns
@@ -268,6 +268,7 @@ def matched_loss(
     rows, d = student_z.shape
     check_tensor("student_weight", student_weight, ("K", d), like=student_z)
     k = student_weight.shape[0]
+    check_prototypes("student_weight", k)
     check_tensor("teacher_z", teacher_z, ("T", d), like=student_z)
     check_tensor("teacher_weight", teacher_weight, (k, d), like=student_z)
     check_tensor("center", center, (k,), like=student_z)

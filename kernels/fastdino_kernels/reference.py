@@ -209,8 +209,8 @@ def matched_loss(
         row_weight = row_weight.to(x.dtype)
         target = torch.zeros_like(x)
         for rows, present in zip(match.clamp(min=0).T, valid.T, strict=True):
-            target += p[rows] * present[:, None]
-        used = (entropy[match.clamp(min=0)] * valid).sum(1)  # [R]
+            target += torch.where(present[:, None], p[rows], 0)
+        used = torch.where(valid, entropy[match.clamp(min=0)], 0).sum(1)  # [R]
     n = valid.sum(1)
     rows_loss = torch.where(n > 0, n * x.logsumexp(-1) - (target * x).sum(-1), 0)  # [R]
     loss = (row_weight * rows_loss).sum()

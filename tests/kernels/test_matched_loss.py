@@ -356,6 +356,7 @@ BAD = [
     (dict(student_z=None), TypeError, "student_z: expected a tensor, got NoneType"),
     (dict(student_z=torch.zeros(8)), ValueError, r"student_z: expected shape \[R, D\], got \[8\]"),
     (dict(student_weight=torch.zeros(6, 5)), ValueError, r"student_weight: expected shape \[K, 4\]"),
+    (dict(student_weight=torch.zeros(0, 4)), ValueError, "student_weight: expected at least one prototype"),
     (dict(teacher_z=torch.zeros(4, 3)), ValueError, r"teacher_z: expected shape \[T, 4\]"),
     (dict(teacher_z=torch.zeros(0, 4)), ValueError, "teacher_z: expected at least one row"),
     (dict(teacher_z=torch.zeros(5, 4, requires_grad=True)), ValueError, "teacher_z: .* not require grad"),

@@ -30,8 +30,9 @@ PAGE = mmap.PAGESIZE
 HUGE = (1 << 62, (1 << 63) - 1, -1, -(1 << 63))
 SPOILED = {  # what the first element of an array must not be
     "sizes": (-1, 1 << 62), "dtypes": (-1, 3), "counts": (-1, 1 << 30), "ks": (-1, 1 << 40),
-    "classes": (-1, 1 << 40), "truth": (1 << 40,), "out_sizes": (-1, 0), "size": (-1, 0, 1 << 30),
-    "window": (-1, 1 << 20, (1 << 31) - 1), "params": (-1.0, 1e9, float("nan"), float("inf")),
+    "classes": (-1, 1 << 40), "truth": (1 << 40,), "match": (1 << 40,), "out_sizes": (-1, 0),
+    "size": (-1, 0, 1 << 30), "window": (-1, 1 << 20, (1 << 31) - 1),
+    "params": (-1.0, 1e9, float("nan"), float("inf")),
 }  # fmt: skip
 LISTS = "grads exp_avgs exp_avg_sqs buffers students images outs".split()  # of addresses, none null
 libc = ctypes.CDLL(None, use_errno=True)

@@ -21,6 +21,11 @@ def load_backbone(path: str) -> Any:
     return type(load_backbone(path)).__name__
 
 
+def load_directory(path: str) -> Any:
+    """The backbone of the directory that ``path`` lies in."""
+    return load_backbone(str(Path(path).parent))
+
+
 def read_features(path: str) -> Any:
     from fastdino.evaluation.feature_file import load_mapped
 

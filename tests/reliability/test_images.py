@@ -156,6 +156,31 @@ def test_substitution_is_the_same_for_every_reader(mutants: list[Path], tmp_path
                 assert (used == sample) == (str(sample) not in reasons)
 
 
+def test_pixels_that_end_the_process_in_dali_do_not_reach_it(tmp_path: Path) -> None:
+    """Correct files, of which one in a batch of 32 is enough."""
+    odd = {f"tiff of {b} bits, format {f}": depth(b, f) for b in (16, 24, 32, 64) for f in (1, 2, 3)}
+    odd |= {f"bmp of {bits} bits": bmp(8, 8, bits) for bits in (0, 2, 16, 64, 32767)}
+    odd["bmp without width"] = bmp(0, 8)
+    names = []
+    for i in range(64):
+        (tmp_path / f"good-{i}.jpg").write_bytes(picture("JPEG"))
+        names.append(f"good-{i}.jpg")
+    for i, (name, content) in enumerate(odd.items()):
+        (tmp_path / name).write_bytes(content)
+        names.insert(3 * i, name)
+    (tmp_path / "list.txt").write_text("\n".join(names[:64]))
+    options = {"list": str(tmp_path / "list.txt"), "first": 0, "last": 64, "threads": 2, "batch": 64}
+    with promise(17, "pixels of a kind that DALI does not survive: refused before it") as cases:
+        with cases.case("a batch with all of them"):
+            (outcome,) = audit([("batches", json.dumps(options))])
+            assert not outcome.error, outcome.error
+        for name in odd:
+            place = names.index(name)
+            with cases.case(name):
+                used, reason = outcome.result["used"][place], outcome.result["reasons"].get(str(place), "")
+                assert used == place or " pixels" in reason or "not an image" in reason, reason
+
+
 def test_too_many_damaged_images_stop_the_run_naming_them(tmp_path: Path) -> None:
     good, bad = picture("JPEG"), b"no image"
     with promise(17, "a tenth of the images damaged and one more: stop") as cases:
@@ -206,9 +231,20 @@ def tiff(width: int, height: int, *tags: tuple[int, int, int, int], following: i
     return begin + struct.pack("<H", len(all_tags)) + entries + struct.pack("<I", following)
 
 
-def bmp(width: int, height: int) -> bytes:
+def depth(bits: int, kind: int) -> bytes:
+    """A TIFF of 8 x 8 pixels of so many bits: whole numbers (1), with a sign (2) or floating (3)."""
+    tags = {256: 8, 257: 8, 258: bits, 259: 1, 262: 1, 273: 8, 277: 1, 278: 8, 279: 8 * bits, 339: kind}
+    entries = b"".join(
+        struct.pack("<HHII", tag, 4 if tag in (256, 257, 273, 278, 279) else 3, 1, v)
+        for tag, v in tags.items()
+    )
+    begin = struct.pack("<2sHI", b"II", 42, 8 + 8 * bits) + bytes(8 * bits)
+    return begin + struct.pack("<H", len(tags)) + entries + bytes(4)
+
+
+def bmp(width: int, height: int, bits: int = 24) -> bytes:
     data = picture("BMP")
-    return data[:18] + struct.pack("<ii", width, height) + data[26:]
+    return data[:18] + struct.pack("<iiHH", width, height, 1, bits) + data[30:]
 
 
 def webp(width: int, height: int) -> bytes:

@@ -115,7 +115,6 @@ ALLOWED = {
     ("info_nce", "queue", "a column less"),
     ("normalize_weight", "weight_v", "a column less"),
     ("resize_crop", "out", "a column less"),
-    *(("patch_loss", name, "tensor of -1") for name in TEMPS),  # as its C functions do not check theirs
     ("patch_loss", "row_weight", "None"),
     ("sinkhorn_knopp", "n_iters", "2**62"),  # takes longer than anybody waits
     ("sinkhorn_center", "n_iters", "2**62"),

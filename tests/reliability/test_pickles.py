@@ -180,12 +180,16 @@ def weights() -> Iterator[Hostile]:
     objects = io.BytesIO()
     np.save(objects, np.array([Shell()], object), allow_pickle=True)
     yield Hostile("load_backbone", "objects.pth", objects.getvalue())
+    for name in (".metadata", "model.pt", "__0_0.distcp"):  # what PyTorch's sharded checkpoints hold
+        yield Hostile("load_directory", f"dcp-{name}/{name}", pickle.dumps(Shell()))
     header = b'{"w":{"dtype":"F32","shape":[1099511627776],"data_offsets":[0,4398046511104]}}'
     yield Hostile("load_backbone", "claims.safetensors", struct.pack("<Q", len(header)) + header + bytes(64))
     yield Hostile("load_backbone", "header.safetensors", struct.pack("<Q", 1 << 40) + b'{"w":{}}' + bytes(64))
 
 
 class Shell:
+    """Pickles as a call of the shell."""
+
     def __reduce__(self) -> Any:
         return os.system, (SHELL,)
 
@@ -372,4 +376,5 @@ def test_hostile_files_are_refused_without_running_them(
                     quiet(outcome, memory=limit)
                     assert outcome.error == "" and not any(outcome.result)
                 else:
-                    refused(outcome, file.words, Path(file.name).name, memory=limit)
+                    shown = Path(file.name).parent if file.piece == "load_directory" else Path(file.name)
+                    refused(outcome, file.words, shown.name, memory=limit)
