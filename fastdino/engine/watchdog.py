@@ -271,7 +271,8 @@ class Watchdog:
         first = min(peer.place[0] for peer in ranks.values())
         behind = [rank for rank, peer in ranks.items() if peer.place[0] == first]
         who = ", ".join(f"rank {rank} {ranks[rank].told()}" for rank in behind)
-        self._hang(f"no progress for {limit:g} s: {who}", [])
+        mute = [ranks[rank] for rank in behind if now - ranks[rank].heard > self.timeout / 2]
+        self._hang(f"no progress for {limit:g} s: {who}", mute)  # what is stopped does not end by itself
 
     def _hang(self, what: str, dead: list[_Peer]) -> None:
         faulthandler.dump_traceback(all_threads=True)

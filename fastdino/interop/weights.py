@@ -208,7 +208,8 @@ def _native(path: Path, key: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
         raise WeightsError(f"{path}: has no teacher, only a student")
     prefix = f"{key}.backbone."
     state = {name.removeprefix(prefix): t for name, t in model.items() if name.startswith(prefix)}
-    return state, {**meta["config"]["model"], "img_size": meta["config"]["crops"]["global_crops_size"]}
+    settings = meta["config"]
+    return state, {**settings["model"], "img_size": settings.get("crops", {}).get("global_crops_size", 224)}
 
 
 def evaluated(meta: Mapping[str, Any], key: str) -> str:

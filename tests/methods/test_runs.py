@@ -138,9 +138,9 @@ def test_a_checkpoint_without_flags_of_methods_is_one_of_dino(data, tmp_path):
 
 
 def test_collapse_and_doubtful_switches_are_told(data, tmp_path, capsys):
-    run("mse", data, tmp_path, max_steps=1, teacher="copy", center_momentum=1.0)
+    run("mse", data, tmp_path / "once", max_steps=1, teacher="copy", center_momentum=1.0)
     assert "WARNING: --loss mse --teacher copy without centering" in capsys.readouterr().out
-    trainer = run("mse", data, tmp_path, max_steps=1, teacher="copy", center_momentum=1.0, resume="none")
+    trainer = run("mse", data, tmp_path / "again", max_steps=1, teacher="copy", center_momentum=1.0)
     said: list[str] = []
     trainer._warn_of_collapse({"spread": 0.01}, SimpleNamespace(say=said.append))
     assert len(said) == 1 and "COLLAPSE: the embeddings of all images are nearly the same" in said[0]

@@ -163,5 +163,7 @@ def test_curves_for_tensorboard_hold_no_text(tmp_path: Path) -> None:
     written = b"".join(path.read_bytes() for path in tmp_path.rglob("*") if path.is_file())
     with promise(30, "hostile text in the files of TensorBoard") as cases:
         for text in STRINGS:
+            if len(text) < 4:  # numbers in the file may hold such bytes by chance
+                continue
             with cases.case(repr(text)):
                 assert b"loss" in written and text.encode("utf-8", "surrogatepass") not in written
