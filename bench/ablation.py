@@ -160,7 +160,7 @@ def picture(
     level = statistics.mean(r["knn"] for r in untrained)
     axes[1].axvline(level, color="black", ls="--", lw=1)
     axes[1].annotate(" untrained", (level, -0.85), fontsize=9, annotation_clip=False)
-    axes[1].set_title("Here: demo images, 0.16 M parameters; orange not above untrained", fontsize=11, pad=16)
+    axes[1].set_title("Here: the demo, 0.16 M parameters\n(orange: not above untrained)", fontsize=11, pad=16)
     axes[0].set_yticks(ys, [f"{name}: {title(name)}" for name in names])
     axes[0].invert_yaxis()
     for axis in axes:
