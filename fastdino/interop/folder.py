@@ -2,17 +2,36 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from fastdino.engine.checkpoint import Disk
+from fastdino.interop import card, source
 from fastdino.interop.files import WeightsError, write_safetensors
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    source.arguments(parser)
+    source.image_size_argument(parser)
+    card.arguments(parser)
+
+
+def run(flags: argparse.Namespace, export: Callable[..., None], opened_by: str) -> int:
+    """Load and write with ``export``; prints one line, in which ``opened_by`` has PATH for the folder. Raises
+    OSError or ValueError naming what is wrong.
+    """
+    target = Path(flags.target)
+    check_target(target)
+    export(source.open_source(flags), target, license=flags.license, results=flags.results)
+    print(f"{flags.source} -> {flags.target}: {opened_by.replace('PATH', flags.target)}")
+    return 0
 
 
 def check_target(folder: Path) -> None:

@@ -35,23 +35,15 @@ another way than DINO was trained with."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    from fastdino.interop import card, source
+    from fastdino.interop import folder
 
-    source.arguments(parser)
-    source.image_size_argument(parser)
-    card.arguments(parser)
+    folder.arguments(parser)
 
 
 def run(flags: argparse.Namespace) -> int:
-    """Load and write; prints one line. Raises OSError or ValueError naming what is wrong."""
-    from fastdino.interop.folder import check_target
-    from fastdino.interop.source import open_source
+    from fastdino.interop import folder
 
-    check_target(Path(flags.target))
-    source = open_source(flags)
-    export_hf(source, Path(flags.target), license=flags.license, results=flags.results)
-    print(f'{flags.source} -> {flags.target}: transformers.AutoModel.from_pretrained("{flags.target}")')
-    return 0
+    return folder.run(flags, export_hf, 'transformers.AutoModel.from_pretrained("PATH")')
 
 
 def export_hf(

@@ -41,23 +41,15 @@ with torch.no_grad():
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    from fastdino.interop import card, source
+    from fastdino.interop import folder
 
-    source.arguments(parser)
-    source.image_size_argument(parser)
-    card.arguments(parser)
+    folder.arguments(parser)
 
 
 def run(flags: argparse.Namespace) -> int:
-    """Load and write; prints one line. Raises OSError or ValueError naming what is wrong."""
-    from fastdino.interop.folder import check_target
-    from fastdino.interop.source import open_source
+    from fastdino.interop import folder
 
-    check_target(Path(flags.target))
-    source = open_source(flags)
-    export_timm(source, Path(flags.target), license=flags.license, results=flags.results)
-    print(f'{flags.source} -> {flags.target}: timm.create_model("local-dir:{flags.target}", pretrained=True)')
-    return 0
+    return folder.run(flags, export_timm, 'timm.create_model("local-dir:PATH", pretrained=True)')
 
 
 def export_timm(
