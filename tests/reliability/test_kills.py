@@ -31,7 +31,8 @@ def slow_saves(rank: int, notes: Path) -> None:
         rename(self, source, target)
 
     def noted_start(self, step, *arguments, **options):
-        saves_of(notes).write_text(str(step))
+        with saves_of(notes).open("a") as lines:  # one write: a kill leaves a whole line or none
+            lines.write(f"{step}\n")
         start(self, step, *arguments, **options)
 
     Disk.write, Disk.rename, Saver.start = slow_write, slow_rename, noted_start
@@ -39,8 +40,13 @@ def slow_saves(rank: int, notes: Path) -> None:
 
 
 def saves_of(notes: Path) -> Path:
-    """Where the step of the save that began last stands."""
+    """Where the steps of the saves that began stand, a line each."""
     return notes.with_suffix(".save")
+
+
+def begun(notes: Path) -> list[str]:
+    """The lines of a file that may not be there."""
+    return notes.read_text().splitlines() if notes.exists() else []
 
 
 def kill_at_random(job: toy.Job, out: Path, notes: Path, draw) -> None:
@@ -79,10 +85,9 @@ def test_a_run_killed_at_any_moment_ends_as_an_undisturbed_one(images, tmp_path)
                     break
                 with cases.case(f"kill {kills} of run {runs}"):
                     assert codes == [-signal.SIGKILL], job.text
-                    begun = len(notes.read_text().splitlines()) if notes.exists() else 0
-                    finished_steps = before + max(begun - 1, 0)
+                    finished_steps = before + max(len(begun(notes)) - 1, 0)
                     kept = max(toy.newest(out), 0)
-                    saving = saves_of(notes).exists() and int(saves_of(notes).read_text()) > kept
+                    saving = any(int(step) > kept for step in begun(saves_of(notes)))
                     inside += saving
                     lost = finished_steps - kept
                     # A save is written while training goes on: until it is there, the one before it counts.
