@@ -111,6 +111,7 @@ def main(argv: Sequence[str]) -> int:
     except lock.OutputError as error:
         fail(str(error), code=exits.OUTPUT)
     from fastdino.engine.checkpoint import CheckpointError, NotFiniteError
+    from fastdino.engine.repeat import UnequalError
     from fastdino.engine.trainer import Trainer
 
     try:
@@ -126,6 +127,8 @@ def main(argv: Sequence[str]) -> int:
         fail(f"{error}; the same command continues", first_only=False, code=exits.DISK)
     except NotFiniteError as error:
         fail(str(error), first_only=False, code=exits.NOT_FINITE)
+    except UnequalError as error:
+        fail(str(error), first_only=False, code=exits.UNEQUAL)
     return exits.DONE
 
 

@@ -240,6 +240,8 @@ class RunConfig:
     """Write report.html at the end and after every evaluation."""
     hang_timeout: float = 300.0
     """Seconds without progress in a step or save after which all processes stop; 0 waits for ever."""
+    verify_every: int = 0
+    """Steps between those computed twice and compared bit by bit, which finds failing hardware; 0: none."""
     dist_url: str = "env://"
     """Accepted for compatibility; torchrun's environment is used."""
     local_rank: int = 0
@@ -674,7 +676,7 @@ _POSITIVE_INTEGERS = (
 _NOT_NEGATIVE = (
     "bottleneck_dim warmup_teacher_temp_epochs weight_decay weight_decay_end clip_grad freeze_last_layer "
     "lr warmup_epochs min_lr local_crops_number num_workers eval_every saveckp_freq save_every seed "
-    "teacher_temp warmup_teacher_temp epoch_queue_starts hang_timeout"
+    "teacher_temp warmup_teacher_temp epoch_queue_starts hang_timeout verify_every"
 ).split()
 _POSITIVE = ("student_temp", "epsilon")
 _FRACTIONS = ("momentum_teacher", "center_momentum")

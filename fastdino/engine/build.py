@@ -137,6 +137,10 @@ def _attention(config: Config, device: torch.device, dtype: torch.dtype) -> str:
 def _check(config: Config, world: parallel.World) -> None:
     """Refuse what this device cannot do."""
     if world.device.type == "cuda":
+        if config.run.verify_every:
+            raise ConfigError(
+                "verify_every", "expected 0: that a GPU computes a step twice with the same bits is not shown"
+            )
         return
     if config.engine.cuda_graph:
         raise ConfigError("cuda_graph", "expected false: this run has no CUDA device")

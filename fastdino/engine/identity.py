@@ -24,7 +24,8 @@ FREE = frozenset(
     "attention compile cuda_graph activation_checkpointing mesh device "
     # when to stop, what to write and to watch
     "max_steps max_bad_steps output_dir saveckp_freq save_every resume overwrite allow_changes logger "
-    "log_every report hang_timeout eval_every eval_data_path nb_knn eval_bank_size eval_image_size "
+    "log_every report hang_timeout verify_every eval_every eval_data_path nb_knn eval_bank_size "
+    "eval_image_size "
     # without effect
     "dist_url local_rank".split()
 )

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from fastdino.data.loader import Crops
-from fastdino.engine import parallel
+from fastdino.engine import parallel, repeat, rows
 from fastdino.engine.metrics import Clock, Ring, StepResult
 from fastdino.engine.optim import Updater
 from fastdino.engine.schedules import Hyper
@@ -97,6 +97,7 @@ class TrainStep:
         self.worked = self.sums[parallel.rank() - size - 1]
         self.parts = accumulate * size
         self.beat: Callable[[str], None] = lambda phase: None  # told of the phase that begins
+        self.twice = False  # compute the coming step twice and compare
         # A skipped step must not show in the running statistics either.
         norms = [m for m in method.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
         self.statistics = [(b, b.clone()) for m in norms for b in m.buffers()]
@@ -115,22 +116,21 @@ class TrainStep:
 
         ``stop`` is asked before each forward and backward pass; once it is true on any process, the step
         changes nothing on all of them and its result says so.
+
+        Raises UnequalError, with nothing changed, if the step is computed ``twice`` with different results.
         """
         clock = Clock(self.sums.device)
         self.scalars.set(hyper)
-        self.begin(hyper.freeze_last_layer)
-        stopped = False
-        for i in range(self.accumulate):
-            self.beat("data")
-            crops = next(batches)
-            clock.lap("data")
-            self.beat("forward")
-            stopped = self.may_abandon and stop()
-            stopped = stopped or not self.micro_batch(
-                crops, hyper.freeze_last_layer, i + 1 == self.accumulate, clock, stop
-            )
-            if stopped:
-                break
+        frozen = hyper.freeze_last_layer
+        self.begin(frozen)
+        if self.twice:
+            crops = repeat.kept(batches, self.accumulate)
+            first = self.rehearse(crops, frozen, clock, stop)
+            stopped = self.passes(iter(crops), frozen, clock, stop)
+            if not stopped:
+                repeat.compare(first, self.computed())
+        else:
+            stopped = self.passes(batches, frozen, clock, stop)
         if stopped or stop():
             self.sums[-1].fill_(1.0)
         self.worked.fill_(self.ring.worked * self.parts)
@@ -141,6 +141,45 @@ class TrainStep:
         self.update()
         clock.lap("update")
         self.ring.push(self.row, clock)
+
+    def passes(
+        self,
+        batches: Iterator[Crops],
+        frozen: bool,
+        clock: Clock,
+        stop: Callable[[], bool],
+        *,
+        overlap: bool = True,
+    ) -> bool:
+        """Forward and backward of every micro-batch; True when ``stop`` came in between. The reduction over
+        processes begins in the last backward pass, with ``overlap``.
+        """
+        for i in range(self.accumulate):
+            self.beat("data")
+            crops = next(batches)
+            clock.lap("data")
+            self.beat("forward")
+            last = overlap and i + 1 == self.accumulate
+            if (self.may_abandon and stop()) or not self.micro_batch(crops, frozen, last, clock, stop):
+                return True
+        return False
+
+    def rehearse(
+        self, crops: list[Crops], frozen: bool, clock: Clock, stop: Callable[[], bool]
+    ) -> dict[str, Tensor]:
+        """What :meth:`passes` computes of ``crops``; afterwards everything is as before it."""
+        with torch.random.fork_rng(devices=()):
+            self.passes(iter(crops), frozen, clock, stop, overlap=self.updater.sharded)
+        first = self.computed()
+        for statistic, before in self.statistics:
+            statistic.copy_(before)
+        self.begin(frozen)
+        return first
+
+    def computed(self) -> dict[str, Tensor]:
+        """Gradients of the passes by parameter name, before any reduction of ours, and loss and signs."""
+        grads = [(self.updater.names[p], p.grad) for p in self.updater.parameters]
+        return {name: rows.local(g) for name, g in grads if g is not None} | {"loss": self.sums.clone()}
 
     def begin(self, frozen: bool) -> None:
         """Forget the gradients of the step before."""

@@ -42,6 +42,7 @@ from fastdino.engine.logs import (
 )
 from fastdino.engine.metrics import StepResult, Stragglers
 from fastdino.engine.monitor import Monitor
+from fastdino.engine.repeat import UnequalError
 from fastdino.engine.schedules import Hyper, Schedule
 from fastdino.engine.trackers import Curves
 from fastdino.engine.watchdog import PatientDisk, Watchdog
@@ -266,7 +267,11 @@ class Trainer:
             # stochastic depth draws from a function of (seed, step, rank): nothing to save
             torch.manual_seed(((run.seed * 1_000_003 + self.step) * 65_537 + self.world.rank) % 2**63)
             self.watchdog.begin(self.step)
-            self.engine.step.enqueue(batches, hyper, lambda: self.signal != 0)
+            self.engine.step.twice = run.verify_every > 0 and (self.step + 1) % run.verify_every == 0
+            try:
+                self.engine.step.enqueue(batches, hyper, lambda: self.signal != 0)
+            except UnequalError as error:
+                raise UnequalError(f"step {self.step + 1}, rank {self.world.rank}: {error}") from None
             self.step += 1
             self.watchdog.beat("results")
             self.saver.check()
