@@ -89,8 +89,7 @@ else
     part machine 15 "$PYTHON" -m bench.machine
     if has pytest; then
         T=(-m pytest -q --tb=short -p no:cacheprovider "${MANY[@]}")
-        part "tests engine" 50 "$PYTHON" "${T[@]}" tests/models tests/engine \
-            --ignore tests/engine/test_trainer.py --ignore tests/engine/test_elastic.py
+        part "tests engine" 50 "$PYTHON" "${T[@]}" tests/models tests/engine --ignore tests/engine/test_trainer.py
         part "tests kernels" 75 "$PYTHON" "${T[@]}" tests/kernels --ignore tests/kernels/test_ahead.py
     fi
     for op in dino_loss prototype_loss AdamWEMA; do

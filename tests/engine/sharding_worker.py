@@ -1,10 +1,10 @@
-"""What the processes of test_sharding.py run, started by torchrun: every check named on the command line, one
-after another, on tiny sharded models beside whole ones. Rank 0 notes which have passed.
+"""What the processes of test_sharding.py run: every check asked for, one after another, on tiny sharded
+models beside whole ones. Rank 0 notes which have passed.
 """
 
 from __future__ import annotations
 
-import sys
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -21,6 +21,7 @@ from fastdino.engine import parallel, rows, sharding
 from fastdino.engine.optim import Updater
 from fastdino.methods.dino import DINO
 from fastdino.models import MultiCropModel
+from runs import place, redirect
 
 K, IMAGES = 49, 4  # prototypes, whose rows do not divide evenly; images of a process
 PLACE = parallel.device_of("auto")
@@ -388,19 +389,19 @@ def compiled_blocks_are_the_same() -> None:
     assert_close(runs[0].weights(), runs[1].weights(), 1e-6)
 
 
-def main() -> None:
-    noted = Path(sys.argv[1])
+def run_checks(names: list[str], noted: Path, log: Path, rank: int, processes: int, port: int) -> None:
+    redirect(log, 1, 2)
+    if processes == 1:  # on the GPU of a machine with one
+        os.environ["CUDA_VISIBLE_DEVICES"] = "0"
+    place(rank, processes, port)
+    torch.set_num_threads(1)
     world = parallel.start()
-    if world.size == 1:  # on the GPU of a machine with one
+    if processes == 1:
         dist.init_process_group("nccl")
-    for name in sys.argv[2:]:
+    for name in names:
         globals()[name]()
         dist.barrier()
         if world.main:
             with noted.open("a") as file:
                 file.write(name + "\n")
     parallel.stop()
-
-
-if __name__ == "__main__":
-    main()

@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 
 from fastdino.data.loader import Crops
 from fastdino.engine import parallel
@@ -16,6 +15,7 @@ from fastdino.engine.optim import Updater
 from fastdino.engine.schedules import Schedule
 from fastdino.engine.step import TrainStep
 from fastdino.methods.dino import DINO
+from runs import spawn
 from tests.engine.test_step import B, assert_same, batches, digest, run, tiny_config
 
 STEPS = 8  # the last layer begins after 5
@@ -60,7 +60,7 @@ def worker(rank: int, size: int, folder: str) -> None:
 
 @pytest.mark.skipif(not dist.is_gloo_available(), reason="needs gloo")
 def test_two_processes_equal_one(tmp_path: Path):
-    mp.spawn(worker, args=(2, str(tmp_path)), nprocs=2)
+    spawn(worker, (2, str(tmp_path)), 2)
     (losses, state, digest0), (losses1, _, digest1) = (torch.load(tmp_path / f"{r}.pt") for r in (0, 1))
     assert losses == losses1 and digest0 == digest1
     config = tiny_config()

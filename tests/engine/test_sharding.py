@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
 from fastdino.config import ConfigError, parse_mesh
-from runs import environment
+from runs import forks, free_port
+from tests.engine.sharding_worker import run_checks
 
-WORKER = Path(__file__).with_name("sharding_worker.py")
 ON_TWO = [
     "the_same_batch_gives_the_same_bits",
     "parts_of_a_batch_give_the_whole_update",
@@ -54,22 +52,27 @@ class Checks:
         self.folder = folder
         self.passed: dict[int, set[str]] = {}
         self.output: dict[int, str] = {}
-        self.code: dict[int, int] = {}
+        self.code: dict[int, list[int | None]] = {}
 
-    def of(self, processes: int, names: list[str], **extra: str) -> set[str]:
+    def of(self, processes: int, names: list[str]) -> set[str]:
         if processes not in self.passed:
-            noted = self.folder / f"passed-{processes}"
+            noted, log = self.folder / f"passed-{processes}", self.folder / f"log-{processes}"
             noted.touch()
-            launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-            done = subprocess.run(
-                [sys.executable, *launch, str(WORKER), str(noted), *names],
-                capture_output=True,
-                text=True,
-                timeout=240,
-                env=environment(**extra),
-            )
+            port = free_port()
+            jobs = [
+                forks.Process(target=run_checks, args=(names, noted, log, rank, processes, port))
+                for rank in range(processes)
+            ]
+            for job in jobs:
+                job.start()
+            for job in jobs:
+                job.join(240)
+                if job.exitcode is None:
+                    job.kill()
+                    job.join()
             self.passed[processes] = set(noted.read_text().split())
-            self.output[processes], self.code[processes] = done.stdout + done.stderr, done.returncode
+            self.output[processes] = log.read_text()
+            self.code[processes] = [job.exitcode for job in jobs]
         return self.passed[processes]
 
 
@@ -91,13 +94,13 @@ def test_two_replicas_of_two_shards(checks: Checks, name: str) -> None:
 @pytest.mark.parametrize("processes,names", [(2, ON_TWO), (4, ON_FOUR)], ids=["2", "4"])
 def test_the_processes_part_in_peace(checks: Checks, processes: int, names: list[str]) -> None:
     checks.of(processes, names)
-    assert checks.code[processes] == 0, checks.output[processes]
+    assert checks.code[processes] == [0] * processes, checks.output[processes]
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("name", ON_A_GPU)
 def test_a_single_shard_on_a_gpu(checks: Checks, name: str) -> None:
-    assert name in checks.of(1, ON_A_GPU, CUDA_VISIBLE_DEVICES="0"), checks.output[1]
+    assert name in checks.of(1, ON_A_GPU), checks.output[1]
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,6 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-import torch.multiprocessing
 from fastdino_kernels import csrc
 from PIL import Image
 
@@ -31,6 +30,7 @@ from fastdino.evaluation.features import (
     view,
 )
 from fastdino.models import VisionTransformer
+from runs import spawn
 
 
 class Mean(torch.nn.Module):
@@ -353,7 +353,7 @@ def test_two_processes_give_the_bits_of_one(files, tmp_path, monkeypatch):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    torch.multiprocessing.spawn(one_of_two, (port, files, tmp_path), nprocs=2)
+    spawn(one_of_two, (port, files, tmp_path), 2)
     alone = [extract_features(network(), paths, image_size=32, batch_size=3) for paths in (files, files[:2])]
     expected = [alone[0], alone[0], alone[1]]
     for rank in range(2):

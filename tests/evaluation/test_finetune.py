@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from PIL import Image, ImageEnhance
 from torch import nn
 
@@ -34,6 +33,7 @@ from fastdino.evaluation.finetune import (
 from fastdino.evaluation.randaugment import FILL, OPERATIONS, rand_augment
 from fastdino.evaluation.training import Sample, crop_box, generator, random_crop
 from fastdino.models import ResNet
+from runs import spawn
 from tests.evaluation.test_linear import ALONE, dataset, line, tiny_vit, two_heads  # noqa: F401
 
 QUICK = Recipe(epochs=4, lr=0.05, warmup_epochs=1, drop_path=0.3, head_scale=1.0)
@@ -340,7 +340,7 @@ PLAIN = Recipe(epochs=2, lr=0.05, warmup_epochs=0, drop_path=0, mixup=0, cutmix=
 
 @pytest.mark.skipif(not dist.is_gloo_available(), reason="needs gloo")
 def test_two_processes_equal_one(dataset):  # noqa: F811
-    mp.spawn(worker, args=(str(dataset),), nprocs=2)
+    spawn(worker, (str(dataset),), 2)
     (history, state), (other, same) = (torch.load(dataset / f"{rank}.pt") for rank in (0, 1))
     assert history == other and all(torch.equal(state[name], same[name]) for name in state)
     alone = tuning(dataset, PLAIN)

@@ -8,7 +8,6 @@ import socket
 import numpy as np
 import pytest
 import torch
-import torch.multiprocessing
 from fastdino_kernels import backend, csrc
 from PIL import Image
 from sklearn.neighbors import KNeighborsClassifier
@@ -18,6 +17,7 @@ from fastdino.engine import parallel
 from fastdino.evaluation import knn
 from fastdino.evaluation.feature_file import load_mapped
 from fastdino.evaluation.knn import evaluate_knn, knn_classify, matching_labels
+from runs import spawn
 
 
 def oracle(bank, bank_labels, queries, labels, k, temperature):
@@ -137,7 +137,7 @@ def test_bank_in_parts(tmp_path):
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     arguments = (2, port, data, (0, 220, 240), tmp_path)
-    torch.multiprocessing.spawn(part_of_the_bank, arguments, nprocs=2)
+    spawn(part_of_the_bank, arguments, 2)
     expected = knn_classify(*data, (1, 9, 30, 500))
     for rank in range(2):
         assert torch.load(tmp_path / f"{rank}.pt") == expected

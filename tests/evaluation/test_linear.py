@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from PIL import Image
 from torch import nn
 
@@ -28,6 +27,7 @@ from fastdino.evaluation.linear import (
 )
 from fastdino.interop.files import WeightsError
 from fastdino.models import VisionTransformer
+from runs import spawn
 
 ALONE = World(0, 1, torch.device("cpu"))
 
@@ -287,7 +287,7 @@ def train(source: Live, held_out, world: World, root: Path | None = None):
 
 @pytest.mark.skipif(not dist.is_gloo_available(), reason="needs gloo")
 def test_two_processes_equal_one(dataset):
-    mp.spawn(worker, args=(str(dataset),), nprocs=2)
+    spawn(worker, (str(dataset),), 2)
     (history, weight), (other, same) = (torch.load(dataset / f"{rank}.pt") for rank in (0, 1))
     alone = train(live(dataset, batch=5), clusters(7, classes=2, dim=64), ALONE)
     assert history == other and torch.equal(weight, same)

@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from PIL import Image
 
 from fastdino.engine.parallel import World
@@ -17,6 +16,7 @@ from fastdino.evaluation.__main__ import main
 from fastdino.evaluation.descriptors import describe
 from fastdino.evaluation.ground_truth import Query
 from fastdino.evaluation.retrieval import describer, load_image, retrieval_scores, truncated_images
+from runs import spawn
 
 SMALL = ["--weights", "random", "--arch", "vit_tiny", "--device", "cpu", "--precision", "fp32"]
 
@@ -135,7 +135,7 @@ def share_work(rank: int, size: int, folder: str) -> None:
 
 @pytest.mark.skipif(not dist.is_gloo_available(), reason="needs gloo")
 def test_processes_share_the_images(tmp_path):
-    mp.spawn(share_work, args=(4, str(tmp_path)), nprocs=4)  # one of them gets no batch
+    spawn(share_work, (4, str(tmp_path)), 4)  # one of them gets no batch
     for rank in range(4):
         assert torch.equal(torch.load(tmp_path / f"{rank}.pt"), describe_sizes())
 

@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -39,6 +38,7 @@ from fastdino.methods import DINO, EsViT, build_method
 from fastdino.models import SwinTransformer, VisionTransformer
 from fastdino.presets import PRESETS
 from fastdino.switches import matches_regions
+from runs import spawn
 from tests.engine.test_parallel import part
 from tests.engine.test_step import B
 from tests.methods.oracles import gradients, perturb
@@ -329,7 +329,7 @@ def together(rank: int, size: int, folder: str) -> None:
 
 @pytest.mark.skipif(not dist.is_gloo_available(), reason="needs gloo")
 def test_two_processes_are_one_with_their_batch(tmp_path: Path):
-    mp.spawn(together, args=(2, str(tmp_path)), nprocs=2)
+    spawn(together, (2, str(tmp_path)), 2)
     (losses, one), (others, two) = (torch.load(tmp_path / f"{r}.pt") for r in (0, 1))
     assert losses == others and all(torch.equal(v, two[k]) for k, v in one.items())
     config = configured()

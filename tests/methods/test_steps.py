@@ -13,7 +13,6 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 
 from fastdino.data.loader import Crops
 from fastdino.engine import graph
@@ -24,6 +23,7 @@ from fastdino.engine.parallel import World
 from fastdino.engine.schedules import Schedule
 from fastdino.engine.step import Scaler, TrainStep
 from fastdino.methods import build_method
+from runs import spawn
 from tests.engine.test_parallel import part
 from tests.engine.test_step import HOST_READS, B, Reads, batches, digest
 from tests.methods.oracles import SIBLINGS, SWITCHES, configured, crops
@@ -132,7 +132,7 @@ def together(rank: int, size: int, folder: str) -> None:
 
 @pytest.mark.skipif(not dist.is_gloo_available(), reason="needs gloo")
 def test_two_processes_share_queues_statistics_and_targets(tmp_path: Path):
-    mp.spawn(together, args=(2, str(tmp_path)), nprocs=2)
+    spawn(together, (2, str(tmp_path)), 2)
     one, two = (torch.load(tmp_path / f"{r}.pt") for r in (0, 1))
     assert one == two
     for name in TOGETHER + SHARDED:

@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -15,6 +14,7 @@ from fastdino.config import ModelConfig
 from fastdino.models import MultiCropModel, ResNet, build_backbone, build_model
 from fastdino.models.batch_norm import SyncBatchNorm, synchronise_batch_norm
 from fastdino.models.resnet import convolve, standard_resnet
+from runs import spawn
 
 
 def small(seed: int = 0, **options) -> ResNet:
@@ -223,7 +223,7 @@ def worker(rank: int, size: int, folder: str) -> None:
 
 @pytest.mark.skipif(not dist.is_gloo_available(), reason="needs gloo")
 def test_batch_norm_over_two_processes_equals_one(tmp_path: Path) -> None:
-    mp.spawn(worker, args=(2, str(tmp_path)), nprocs=2)
+    spawn(worker, (2, str(tmp_path)), 2)
     found = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
     torch.manual_seed(0)
     model = Both().train()

@@ -8,6 +8,9 @@ import time
 from functools import partial
 from pathlib import Path
 
+import pytest
+
+from fastdino.engine import checkpoint
 from reliability import toy
 from reliability.promises import cases_of, promise
 
@@ -101,12 +104,13 @@ def test_a_run_killed_at_any_moment_ends_as_an_undisturbed_one(images, tmp_path)
     assert inside, "no kill came inside a save"
 
 
-def test_workers_killed_at_any_moment_are_restarted_and_end_as_undisturbed(images, tmp_path):
-    wanted = cases_of(ci=1, nightly=40)
-    flags = ("--epochs", str(3 * wanted + 2), "--save_every", str(INTERVAL))
+@pytest.mark.parametrize("mesh", ["replicate", "shard"])
+def test_workers_killed_at_any_moment_are_restarted_and_end_as_undisturbed(images, tmp_path, mesh):
+    wanted = cases_of(ci=1, nightly=20)
+    flags = ("--epochs", str(3 * wanted + 2), "--save_every", str(INTERVAL), "--mesh", mesh)
     toy.train(images, tmp_path / "whole", *flags, processes=2)
     out, draw = tmp_path / "killed", toy.seeded("workers")
-    with promise(1, "SIGKILL of one of two ranks under torchrun's agent") as cases:
+    with promise(1, f"SIGKILL of one of two ranks under torchrun's agent, --mesh {mesh}") as cases:
         job = toy.start(images, out, *flags, processes=2, launcher=wanted)
         for kill in range(wanted):
             with cases.case(f"kill {kill}"):
@@ -120,3 +124,5 @@ def test_workers_killed_at_any_moment_are_restarted_and_end_as_undisturbed(image
         with cases.case("end"):
             assert job.wait() == [0], job.text
             assert toy.state_hash(out) == toy.state_hash(tmp_path / "whole")
+            version = checkpoint.SHARDED_FORMAT if mesh == "shard" else checkpoint.FORMAT
+            assert checkpoint.load(checkpoint.latest(out / "checkpoints"))[2]["format"] == version

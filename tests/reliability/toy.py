@@ -8,11 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-import multiprocessing
 import os
 import random
 import signal
-import socket
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -22,13 +20,9 @@ from typing import Any
 import torch
 
 from fastdino.engine import checkpoint
-from runs import FLAGS
+from runs import FLAGS, forks, free_port, place, redirect
 
 SMALL = [*FLAGS, "--prescan", "off", "--precision", "fp32", "--drop_path_rate", "0.1"]
-_forks = multiprocessing.get_context("forkserver")
-_forks.set_forkserver_preload(
-    ["fastdino.cli", "fastdino.engine.trainer", "fastdino.data.preview", "nvidia.dali.fn", "reliability.toy"]
-)
 
 Hook = Callable[[int], None]
 """Called with the rank before training."""
@@ -124,12 +118,12 @@ def start(
     """
     words = ["--data_path", str(data), "--output_dir", str(out), *SMALL, *flags]
     log = out.parent / f"{out.name}.log"
-    port = _free_port()
+    port = free_port()
     if launcher is not None:
-        jobs = [_forks.Process(target=_launch, args=(words, log, processes, launcher, hook))]
+        jobs = [forks.Process(target=_launch, args=(words, log, processes, launcher, hook))]
     else:
         jobs = [
-            _forks.Process(target=_rank, args=(words, log, rank, processes, port, hook))
+            forks.Process(target=_rank, args=(words, log, rank, processes, port, hook))
             for rank in range(processes)
         ]
     for job in jobs:
@@ -157,18 +151,12 @@ def together(work: Callable[..., None], size: int, folder: Path, *arguments: Any
     if any fails.
     """
     log = folder / f"together{len(list(folder.iterdir()))}.log"
-    port = _free_port()
-    jobs = [_forks.Process(target=_member, args=(work, r, size, port, log, arguments)) for r in range(size)]
+    port = free_port()
+    jobs = [forks.Process(target=_member, args=(work, r, size, port, log, arguments)) for r in range(size)]
     for job in jobs:
         job.start()
     group = Job(jobs, log)
     assert group.wait() == [0] * size, group.text
-
-
-def _free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
 
 
 def _member(
@@ -177,26 +165,19 @@ def _member(
     from fastdino.engine import parallel
 
     os.setsid()
-    _redirect(log)
+    redirect(log, 1, 2)
     torch.set_num_threads(1)
-    _place(rank, size, port)
+    place(rank, size, port)
     parallel.start("cpu")
     work(rank, *arguments)
     parallel.stop()
 
 
-def _place(rank: int, size: int, port: int) -> None:
-    """What torchrun tells a process."""
-    numbers = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size}
-    os.environ.update({name: str(value) for name, value in numbers.items()})
-    os.environ.update({"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)})
-
-
 def _rank(words: list[str], log: Path, rank: int, size: int, port: int, hook: Hook | None) -> None:
     os.setsid()
-    _redirect(log)
+    redirect(log, 1, 2)
     if size > 1:
-        _place(rank, size, port)
+        place(rank, size, port)
     _train(words, hook)
 
 
@@ -204,7 +185,7 @@ def _launch(words: list[str], log: Path, size: int, restarts: int, hook: Hook | 
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
     os.setsid()
-    _redirect(log)
+    redirect(log, 1, 2)
     config = LaunchConfig(
         min_nodes=1,
         max_nodes=1,
@@ -228,14 +209,6 @@ def _train(words: list[str], hook: Hook | None) -> None:
     if hook is not None:
         hook(int(os.environ.get("RANK", "0")))
     sys.exit(cli.main(words))
-
-
-def _redirect(log: Path) -> None:
-    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    os.dup2(descriptor, 1)
-    os.dup2(descriptor, 2)
-    os.close(descriptor)
-    os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 
 def state_hash(out: Path) -> str:
