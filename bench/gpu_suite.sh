@@ -77,7 +77,7 @@ MANY=()
 has xdist && MANY=(-n "$((TOY ? 1 : 8))")
 
 if [ "$TOY" = 1 ]; then
-    T=(--toy --save --seconds 1)
+    T=(--toy --save --seconds 0.2)
     part machine 60 "$PYTHON" -m bench.machine --toy
     has pytest && part tests 120 "$PYTHON" -m pytest -q tests/models/test_head.py
     part kernels 100 "$PYTHON" -m bench.kernels --quick --op dino_loss

@@ -8,7 +8,6 @@ import os
 import re
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -70,7 +69,7 @@ def pictures(folder: Path, count: int, seed: int = 0) -> None:
 
 
 @pytest.fixture
-def sandbox(tmp_path: Path) -> Path:
+def sandbox(tmp_path: Path, quick_python: str) -> Path:
     """The folder that examples run in: their data, and their commands in ``bin``."""
     for i, kind in enumerate(("bird", "cat")):
         pictures(tmp_path / "photos" / kind, 16, i)
@@ -84,9 +83,10 @@ def sandbox(tmp_path: Path) -> Path:
     binaries.mkdir()
     for name, text in COMMANDS.items():
         toy = " ".join(TOY)
-        script = text.format(python=sys.executable, root=ROOT, toy=toy, make=shutil.which("make"))
+        script = text.format(python=quick_python, root=ROOT, toy=toy, make=shutil.which("make"))
         (binaries / name).write_text(f"#!/bin/sh\n{script.strip()}\n")
         (binaries / name).chmod(0o755)
+    (binaries / "quick").symlink_to(quick_python)
     return tmp_path
 
 
@@ -95,6 +95,7 @@ def run(block: str, language: str, sandbox: Path) -> subprocess.CompletedProcess
         **os.environ,
         "PATH": f"{sandbox / 'bin'}:{os.environ['PATH']}",
         "PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}",
+        "PYTHON_EXEC": str(sandbox / "bin" / "quick"),  # what torchrun starts
         "OMP_NUM_THREADS": "1",
         "CUDA_VISIBLE_DEVICES": "",
         "HF_HUB_OFFLINE": "1",
@@ -102,7 +103,8 @@ def run(block: str, language: str, sandbox: Path) -> subprocess.CompletedProcess
         "SLURM_JOB_ID": "1",
         "SLURM_JOB_NODELIST": "node1",
     }
-    command = ["bash", "-e", "-c", block] if language == "sh" else [sys.executable, "-c", block]
+    quick = str(sandbox / "bin" / "quick")
+    command = ["bash", "-e", "-c", block] if language == "sh" else [quick, "-c", block]
     return subprocess.run(command, cwd=sandbox, env=environment, capture_output=True, text=True, timeout=400)
 
 

@@ -30,8 +30,8 @@ def suite(out: Path, *flags: str, **extra: str) -> subprocess.CompletedProcess[s
     )
 
 
-def test_toy_suite(tmp_path: Path) -> None:
-    done = suite(tmp_path, "--toy", FASTDINO_COMMIT="abc")
+def test_toy_suite(tmp_path: Path, quick_python: str) -> None:
+    done = suite(tmp_path, "--toy", FASTDINO_COMMIT="abc", PYTHON=quick_python)
     assert done.returncode == 0, done.stdout + done.stderr
     assert (tmp_path / "suite.log").read_text().strip() in done.stdout
     found = {}
