@@ -21,7 +21,7 @@ def records(results: Path) -> Iterator[tuple[Path, dict[str, Any]]]:
 
 
 def markdown(results: Path) -> str:
-    """One section per result file."""
+    """One section per result file, with its pictures."""
     parts = []
     for path, record in records(results):
         machine = record["machine"]
@@ -30,6 +30,10 @@ def markdown(results: Path) -> str:
             f"{machine['device']}; torch {machine['packages']['torch']}; commit {machine['commit']}; "
             f"[{path.name}](results/{path.parent.name}/{path.name})",
             "```text\n" + "\n".join(record["transcript"]) + "\n```",
+        ]
+        parts += [
+            f"![{record['claim']}](results/{picture.parent.name}/{picture.name})"
+            for picture in sorted(path.parent.glob(f"{path.stem}*.png"))
         ]
     return "\n\n".join(parts)
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from os import PathLike
-    from pathlib import Path
 
 __version__ = "0.1.0"
 
@@ -24,9 +24,15 @@ def train(
 
     flags |= {} if model is None else {"arch": model}
     config = config_from_flags(data_path=data, output_dir=out, **flags)
+    from fastdino.engine import lock
     from fastdino.engine.trainer import Trainer
 
-    return Trainer(config).fit()
+    try:
+        trainer = Trainer(config)
+    except BaseException:
+        lock.release(Path(out))  # nothing was begun, and this process may live on
+        raise
+    return trainer.fit()
 
 
 __all__ = ["__version__", "train"]

@@ -46,7 +46,7 @@ def loss_and_grads(loss: Callable[..., Tensor], *students: Tensor) -> list[Tenso
     return [value.detach(), *(torch.zeros_like(x) if x.grad is None else x.grad for x in leaves)]
 
 
-def same(got: list[Tensor], expected: list[Tensor], tolerance: float = 2e-5) -> None:
+def same(got: list[Tensor], expected: list[Tensor], tolerance: float = 1e-5) -> None:
     for value, truth in zip(got, expected, strict=True):
         scale = truth.abs().max().item()
         torch.testing.assert_close(value.double().cpu(), truth.double(), rtol=0, atol=tolerance * scale)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+import fastdino
 from fastdino.engine import exits, lock
 from reliability.promises import cases_of, promise
 from runs import ROOT, command, environment
@@ -117,3 +118,16 @@ def test_a_process_may_take_its_lock_again_and_sees_when_it_is_lost(tmp_path):
                     lock.check(out)
         lock.release(out)
         lock.check(out)
+
+
+def test_a_call_that_fails_lets_the_folder_go(tmp_path):
+    """Of a notebook, say, which goes on afterwards."""
+    (tmp_path / "empty").mkdir()
+    with promise(23, "a failed call from Python lets another process have the folder") as cases:
+        with cases.case("no images"):
+            with pytest.raises(ValueError, match="no image"):
+                fastdino.train(tmp_path / "out", tmp_path / "empty", device="cpu")
+            process = start(sys.executable, "-c", HOLD, str(tmp_path / "out"))
+            assert process.stdout.readline() == "held\n", process.stderr.read()
+            process.kill()
+            process.wait()
