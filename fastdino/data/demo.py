@@ -1,4 +1,5 @@
-"""Demo images: a small ImageFolder of rendered objects, drawn from a seed in seconds.
+"""Demo images: a small ImageFolder of rendered objects, drawn from a seed in seconds:
+``python -m fastdino.data.demo DIR --seed 1``.
 
 Ten classes, each a silhouette made of one material (striped cups, woven balls, ...). An image shows a few
 objects of one class on a dark backdrop with lights out of focus. Everything else is random, for each object
@@ -13,6 +14,7 @@ does not depend on the batch, the number of threads or the number of images it i
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import shutil
@@ -481,3 +483,20 @@ def write_demo(
     finally:
         shutil.rmtree(part, ignore_errors=True)
     return root
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m fastdino.data.demo", description="Draw demo images.")
+    parser.add_argument("root", type=Path, metavar="DIR", help="a new folder, for train/, val/ and masks/")
+    parser.add_argument("--n_train", type=int, default=4000, help="images to train with")
+    parser.add_argument("--n_val", type=int, default=1000, help="held-out images")
+    parser.add_argument("--size", type=int, default=96, help="side in pixels")
+    parser.add_argument("--seed", type=int, default=0, help="make train has those of seed 0")
+    try:
+        print(write_demo(**vars(parser.parse_args())))
+    except (ValueError, OSError) as error:
+        parser.error(str(error))
+
+
+if __name__ == "__main__":
+    main()

@@ -139,3 +139,15 @@ def test_mask_covers_the_object_and_not_the_background() -> None:
         edges = np.abs(np.diff(gray, axis=1))[:, :, :-1] + np.abs(np.diff(gray, axis=2))[:, :-1]
         inside = masks[:, :-1, :-1] > 0
         assert edges[inside].mean() > 2 * edges[~inside].mean(), name
+
+
+def test_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    root = tmp_path / "fresh"
+    words = ["demo", str(root), "--seed", "1", "--n_train", "10", "--n_val", "10", "--size", "16"]
+    monkeypatch.setattr("sys.argv", words)
+    demo.main()
+    assert capsys.readouterr().out == f"{root}\n" and len(list(root.glob("train/*/*.jpg"))) == 10
+    monkeypatch.setattr("sys.argv", [*words[:3], "2"])
+    with pytest.raises(SystemExit, match="2"):
+        demo.main()
+    assert "is not the demo data set asked for" in capsys.readouterr().err
