@@ -6,7 +6,7 @@ import multiprocessing
 import os
 import socket
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -58,20 +58,24 @@ def train(data: Path, out: Path, *flags: str, processes: int = 1, code: int = 0)
     for stream in streams:
         stream.unlink(missing_ok=True)
     port = free_port()
-    jobs = [
-        forks.Process(target=_run, args=(_words(data, out, *flags), streams, rank, processes, port))
-        for rank in range(processes)
-    ]
+    words = _words(data, out, *flags)
+    codes = exit_codes(_run, [(words, streams, rank, processes, port) for rank in range(processes)], 300)
+    done = Done(*(stream.read_text() for stream in streams))
+    assert codes == [code] * processes, f"exit codes {codes}, expected {code}\n{done.stdout}\n{done.stderr}"
+    return done
+
+
+def exit_codes(work: Callable[..., None], arguments: Iterable[tuple[Any, ...]], seconds: float) -> list[int]:
+    """Of forked processes, one for each of ``arguments``; who has not ended after ``seconds`` is killed."""
+    jobs = [forks.Process(target=work, args=given) for given in arguments]
     for job in jobs:
         job.start()
     for job in jobs:
-        job.join(300)
+        job.join(seconds)
         if job.exitcode is None:
             job.kill()
             job.join()
-    done, codes = Done(*(stream.read_text() for stream in streams)), [job.exitcode for job in jobs]
-    assert codes == [code] * processes, f"exit codes {codes}, expected {code}\n{done.stdout}\n{done.stderr}"
-    return done
+    return [job.exitcode for job in jobs]
 
 
 def spawn(work: Callable[..., None], arguments: tuple[Any, ...], processes: int) -> None:

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from fastdino.config import ConfigError, parse_mesh
-from runs import forks, free_port
+from runs import exit_codes, free_port
 from tests.engine.sharding_worker import run_checks
 
 ON_TWO = [
@@ -52,27 +52,17 @@ class Checks:
         self.folder = folder
         self.passed: dict[int, set[str]] = {}
         self.output: dict[int, str] = {}
-        self.code: dict[int, list[int | None]] = {}
+        self.code: dict[int, list[int]] = {}
 
     def of(self, processes: int, names: list[str]) -> set[str]:
         if processes not in self.passed:
             noted, log = self.folder / f"passed-{processes}", self.folder / f"log-{processes}"
             noted.touch()
             port = free_port()
-            jobs = [
-                forks.Process(target=run_checks, args=(names, noted, log, rank, processes, port))
-                for rank in range(processes)
-            ]
-            for job in jobs:
-                job.start()
-            for job in jobs:
-                job.join(240)
-                if job.exitcode is None:
-                    job.kill()
-                    job.join()
+            given = [(names, noted, log, rank, processes, port) for rank in range(processes)]
+            self.code[processes] = exit_codes(run_checks, given, 240)
             self.passed[processes] = set(noted.read_text().split())
             self.output[processes] = log.read_text()
-            self.code[processes] = [job.exitcode for job in jobs]
         return self.passed[processes]
 
 
