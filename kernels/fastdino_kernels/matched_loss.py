@@ -39,7 +39,7 @@ from .reference import MatchedLoss
 from .validate import check_no_grad, check_prototypes, check_temperature, check_tensor
 
 BLOCK = 1024  # columns of a record, as in csrc/matched_loss.cpp; chunks are multiples of it
-# Twice as much or half of either changes no time that could be measured, as long as a chunk fits the last cache.
+# Half or twice as much of either makes no difference that could be measured.
 CHUNK_BYTES = 8 << 20  # of a group's logits and the teacher's weights exp(y) in a chunk of columns
 GROUP_BYTES = 256 << 20  # of the same in all columns
 _ROUNDS = 16  # of looking for rows that belong together
