@@ -94,6 +94,7 @@ def _forward(
     loss = torch.logaddexp(difference, torch.zeros_like(difference)).mean().float()
     if needs_grad:
         share = (difference.sigmoid() / (rows * t)).float()[:, None]
+        total = total.masked_fill(total == 0, 1.0)  # all negatives at -inf: they have no share
         mean = share * (mean / total.float()[:, None] - key)
     return loss, ((similarity > largest) & ~total.isnan()).float().mean(), mean
 

@@ -74,6 +74,7 @@ def normalize_weight(weight_v: Tensor, weight_g: Tensor) -> Tensor:
 
     Returns: [K, D] in the dtype of ``weight_v``; of fp32 weights under autocast (on the CPU to bf16 only), in
         autocast's dtype, to which the GEMM it feeds would round anyway: halves the traffic to it and back.
+        On a GPU rows need a length of 1e-15 at least, whose square fp32 can hold.
 
     Raises: TypeError, ValueError naming the argument.
     """

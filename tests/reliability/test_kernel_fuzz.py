@@ -59,7 +59,7 @@ def make_prototype_loss(r: Fuzz) -> Problem:
     s, u = r.temps()
     options = dict(student_temp=s, teacher_temp=u, n_global=g)
     return Problem(
-        prototype_loss, reference.prototype_loss, leaves, rest, options, r.kind, scale=2 / s, products=True
+        prototype_loss, reference.prototype_loss, leaves, rest, options, r.kind, scale=3 / s, products=True
     )
 
 
@@ -105,7 +105,8 @@ def make_soft_cross_entropy(r: Fuzz) -> Problem:
         target[torch.rand(rows, k, generator=r.generator) < 0.2] = 0
         logits, target = r.laid_out(logits), r.laid_out(target)
     oracle = reference.soft_cross_entropy
-    return Problem(soft_cross_entropy, oracle, [logits], [target], dict(temp=temp), r.kind)
+    options = dict(temp=temp)
+    return Problem(soft_cross_entropy, oracle, [logits], [target], options, r.kind, scale=1 / temp)
 
 
 def _center(logits: Tensor, *, temp: float, n_iters: int) -> Tensor:
@@ -138,7 +139,8 @@ def make_sinkhorn(r: Fuzz) -> Problem:
     if exact and ours is sinkhorn_center:  # logarithms of sums
         r.kind = "normal"
     spreads = ours is not centered_softmax and r.kind == "special"
-    return Problem(ours, oracle, [logits], rest, options, r.kind, 1.0, gradients=False, spreads=spreads)
+    scale = max(1.0, 0.2 / temp)  # what rounding of exponents, about 5 / temp, makes of a probability
+    return Problem(ours, oracle, [logits], rest, options, r.kind, scale, gradients=False, spreads=spreads)
 
 
 def make_info_nce(r: Fuzz) -> Problem:
@@ -166,7 +168,10 @@ def make_normalize_weight(r: Fuzz) -> Problem:
             row[r.sample(range(d), count)] = torch.tensor([r.choice((-2.0, 2.0)) for _ in range(count)])
         gains = torch.randint(-4, 5, (k, 1), generator=r.generator).float()
     else:
-        v, gains = r.laid_out(r.normal(k, d)), r.laid_out(r.normal(k, 1))
+        v, gains = r.normal(k, d), r.laid_out(r.normal(k, 1))
+        if r.small:  # Triton's form squares numbers as they are
+            v[(v.abs() < 1e-15).all(1)] = 1.0
+        v = r.laid_out(v)
     gradients = 4 * gains.double() / torch.linalg.vector_norm(v.double(), dim=1, keepdim=True)
     scale = max([1.0, *gradients[gradients.isfinite()].abs().tolist()])  # dv is a difference of such numbers
     return Problem(normalize_weight, reference.normalize_weight, [v, gains], [], {}, r.kind, scale)

@@ -176,7 +176,7 @@ def _finish_kernel(
             weight = tl.exp2((tl.load(stats_ptr + (i * rows + row) * 2) - top) * scale)
             out += weight * tl.load(out_ptr + (i * rows + row) * D + d, d < D, 0.0)
         share = 1.0 / (1.0 + tl.exp2(-difference)) / (rows * temp)
-        tl.store(grad_ptr + row * D + d, share * (out / total - key), d < D)
+        tl.store(grad_ptr + row * D + d, share * (out / tl.where(total == 0.0, 1.0, total) - key), d < D)
 
 
 @functools.cache

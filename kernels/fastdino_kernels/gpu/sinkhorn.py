@@ -42,7 +42,8 @@ def _offsets(c_ptr, offs, mask, scale, LOG2E: tl.constexpr):
     c = tl.load(c_ptr + offs, mask, 0.0)
     c = tl.where(c == -float("inf"), 0.0, c) * LOG2E
     logit = (c * (1.0 / scale.to(tl.float64))).to(tl.float32)
-    return logit, (c - logit.to(tl.float64) * scale.to(tl.float64)).to(tl.float32)
+    rest = tl.where(c == float("inf"), 0.0, c - logit.to(tl.float64) * scale.to(tl.float64))
+    return logit, rest.to(tl.float32)
 
 
 @triton.jit
