@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 from dataclasses import replace
 
 import numpy as np
@@ -30,7 +29,7 @@ from fastdino.evaluation.features import (
     view,
 )
 from fastdino.models import VisionTransformer
-from runs import spawn
+from runs import free_port, place, spawn
 
 
 class Mean(torch.nn.Module):
@@ -337,8 +336,7 @@ def network():
 
 
 def one_of_two(rank, port, paths, folder):
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANK": str(rank)}
-    os.environ |= {"WORLD_SIZE": "2", "LOCAL_RANK": str(rank)}
+    place(rank, 2, port)
     torch.set_num_threads(1)
     settings = {"image_size": 32, "batch_size": 3, "num_threads": 1, "world": parallel.start("cpu")}
     vit = network()
@@ -350,10 +348,7 @@ def one_of_two(rank, port, paths, folder):
 
 
 def test_two_processes_give_the_bits_of_one(files, tmp_path, monkeypatch):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    spawn(one_of_two, (port, files, tmp_path), 2)
+    spawn(one_of_two, (free_port(), files, tmp_path), 2)
     alone = [extract_features(network(), paths, image_size=32, batch_size=3) for paths in (files, files[:2])]
     expected = [alone[0], alone[0], alone[1]]
     for rank in range(2):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import socket
 
 import numpy as np
 import pytest
@@ -17,7 +16,7 @@ from fastdino.engine import parallel
 from fastdino.evaluation import knn
 from fastdino.evaluation.feature_file import load_mapped
 from fastdino.evaluation.knn import evaluate_knn, knn_classify, matching_labels
-from runs import spawn
+from runs import free_port, spawn
 
 
 def oracle(bank, bank_labels, queries, labels, k, temperature):
@@ -133,10 +132,7 @@ def test_bank_in_parts(tmp_path):
     )
     bank[220:] = bank[:20]
     data = (bank, bank_labels * 10 - 20, queries, labels * 10 - 20)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    arguments = (2, port, data, (0, 220, 240), tmp_path)
+    arguments = (2, free_port(), data, (0, 220, 240), tmp_path)
     spawn(part_of_the_bank, arguments, 2)
     expected = knn_classify(*data, (1, 9, 30, 500))
     for rank in range(2):

@@ -14,7 +14,6 @@ import pytest
 import torch
 from torch import nn
 
-from fastdino.config import config_from_flags
 from fastdino.engine import checkpoint, parallel
 from fastdino.engine.build import build
 from fastdino.engine.schedules import Hyper
@@ -26,12 +25,6 @@ from tests.engine.test_step import batches, digest
 
 SITES = ("pixels", "activation", "loss", "gradient", "center", "teacher", "moment")
 VALUES = (math.nan, math.inf, -math.inf) if NIGHTLY else (math.nan, math.inf)
-
-
-def config(precision: str):
-    pairs = dict(zip(toy.SMALL[::2], toy.SMALL[1::2], strict=True))
-    flags = {name.removeprefix("--"): value for name, value in pairs.items()}
-    return config_from_flags(**{**flags, "data_path": "x", "output_dir": "y", "precision": precision})
 
 
 def broken(step: TrainStep, site: str, value: float, crops):
@@ -73,7 +66,9 @@ def broken(step: TrainStep, site: str, value: float, crops):
 def every_site(rank: int, results: Path) -> None:
     outcomes = []
     for precision in ("fp32", "bf16"):
-        step = build(config(precision), parallel.World(rank, parallel.size(), torch.device("cpu"))).step
+        step = build(
+            toy.config(precision=precision), parallel.World(rank, parallel.size(), torch.device("cpu"))
+        ).step
         source = batches(rank)
         hyper = Hyper(lr=0.001, weight_decay=0.04, momentum=0.9, teacher_temp=0.04, freeze_last_layer=False)
         for _ in range(3):

@@ -29,10 +29,7 @@ KINDS = {
 
 
 def engine(accumulate: int = 1, **changed: str) -> TrainStep:
-    pairs = zip(toy.SMALL[::2], toy.SMALL[1::2], strict=True)
-    flags = {name.removeprefix("--"): value for name, value in pairs} | changed
-    config = config_from_flags(**flags, data_path="x", output_dir="y")
-    return build(config, parallel.World(0, 1, torch.device("cpu")), accumulate=accumulate).step
+    return build(toy.config(**changed), parallel.World(0, 1, torch.device("cpu")), accumulate=accumulate).step
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -78,7 +75,7 @@ def test_every_flipped_bit_is_found_before_the_weights_change():
             with cases.case(f"flip {number}"):
                 hook = flip_once(step, draw, in_pass=number % 2)
                 try:
-                    with pytest.raises(UnequalError, match="different numbers: 1 of|signs"):
+                    with pytest.raises(UnequalError, match="different numbers: 1 of"):
                         step.run(source, HYPER)
                 finally:
                     hook.remove()

@@ -19,10 +19,18 @@ from typing import Any
 
 import torch
 
+from fastdino.config import Config, config_from_flags
 from fastdino.engine import checkpoint
 from runs import FLAGS, forks, free_port, place, redirect
 
 SMALL = [*FLAGS, "--prescan", "off", "--precision", "fp32", "--drop_path_rate", "0.1"]
+
+
+def config(**changed: str) -> Config:
+    """That of a run, without its paths."""
+    flags = {name.removeprefix("--"): value for name, value in zip(SMALL[::2], SMALL[1::2], strict=True)}
+    return config_from_flags(**{**flags, "data_path": "x", "output_dir": "y", **changed})
+
 
 Hook = Callable[[int], None]
 """Called with the rank before training."""
