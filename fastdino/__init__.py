@@ -24,15 +24,9 @@ def train(
 
     flags |= {} if model is None else {"arch": model}
     config = config_from_flags(data_path=data, output_dir=out, **flags)
-    from fastdino.engine import lock
     from fastdino.engine.trainer import Trainer
 
-    try:
-        trainer = Trainer(config)
-    except BaseException:
-        lock.release(Path(out))  # nothing was begun, and this process may live on
-        raise
-    return trainer.fit()
+    return Trainer(config).fit()
 
 
 __all__ = ["__version__", "train"]

@@ -222,7 +222,7 @@ def test_a_terminal_gets_the_bar(tmp_path, monkeypatch, clock) -> None:
         screen = Screen(50, 0, enabled=True, log=tmp_path / "train.log")
         report(screen, clock, 50, 0.1)
         screen.close()
-    reader.join(timeout=30)
+    reader.join(timeout=120)
     os.close(master)
     shown = read.decode()
     assert "\x1b[" in shown and "━" in shown and "50/50" in shown and "10 img/s" in shown

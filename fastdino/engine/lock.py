@@ -10,6 +10,8 @@ import json
 import os
 import socket
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -81,6 +83,16 @@ def check(output: Path) -> None:
     if not same:
         what = "the output directory was removed or replaced while the run was going on"
         raise FileNotFoundError(errno.ENOENT, what, str(output))
+
+
+@contextmanager
+def explaining(output: Path) -> Iterator[None]:
+    """Where ``output`` is lost, an OSError inside came of it, whatever file it names: ``check`` says so."""
+    try:
+        yield
+    except OSError:
+        check(output)
+        raise
 
 
 def _key(output: Path) -> Path:

@@ -74,6 +74,15 @@ class Trainer:
         self.output = Path(config.run.output_dir)
         if self.world.main:
             lock.take(self.output)
+        try:
+            self._construct(config)
+        except BaseException:
+            lock.release(self.output)  # nothing was begun, and this process may live on
+            raise
+
+    # -- construction ----------------------------------------------------------------------------------------
+
+    def _construct(self, config: Config) -> None:
         self.watchdog = Watchdog(config.run.hang_timeout, self.world.rank, self.world.size)
         self.stragglers = Stragglers()
         self.signal = 0
@@ -107,8 +116,6 @@ class Trainer:
         self.sums: dict[str, float] = {}
         self.resumed_from: Path | None = None
         self._resume()
-
-    # -- construction ----------------------------------------------------------------------------------------
 
     def _open_data(self) -> Manifest:
         """The manifest without bad files; rank 0 scans, the others read its result."""
@@ -230,7 +237,8 @@ class Trainer:
         )
         log = self.output / "train.log"
         screen = Screen(self.total_steps, self.step, enabled=self.world.main, log=log)
-        with closing(self.watchdog.start()), loader, _signals(self._on_signal):
+        lost = lock.explaining(self.output)
+        with lost, closing(self.watchdog.start()), loader, _signals(self._on_signal):
             self._prepare_output(screen)
             curves = Curves(
                 run.logger if self.world.main else (), self.output, config_to_dict(self.config), self.step

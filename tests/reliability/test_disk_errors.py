@@ -211,7 +211,7 @@ def test_a_lost_output_directory_ends_training_with_74(images, tmp_path):
             assert process.poll() is None, process.communicate()
             time.sleep(0.01)
         out.rename(tmp_path / "gone")
-        text = "".join(process.communicate(timeout=30))
+        text = "".join(process.communicate(timeout=120))
         assert process.returncode == exits.DISK, text
         assert "removed or replaced" in text and str(out) in text and "Traceback" not in text, text
         assert not out.exists()

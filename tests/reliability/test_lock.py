@@ -116,7 +116,13 @@ def test_a_process_may_take_its_lock_again_and_sees_when_it_is_lost(tmp_path):
                 change()
                 with pytest.raises(FileNotFoundError, match="removed or replaced"):
                     lock.check(out)
+        with cases.case("lost, as another file's error shows"):
+            with pytest.raises(FileNotFoundError, match="removed or replaced"), lock.explaining(out):
+                (out / "train.log").open("a")
         lock.release(out)
+        with cases.case("an error that has another reason"):
+            with pytest.raises(FileNotFoundError, match="train.log"), lock.explaining(out):
+                (out / "train.log").open("a")
         lock.check(out)
 
 
