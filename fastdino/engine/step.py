@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 
 import torch
+from fastdino_kernels import grad_square_sums
 from torch import Tensor, nn
 
 from fastdino.data.loader import Crops
@@ -233,8 +234,8 @@ class TrainStep:
         in the loss before it is in the weights.
         """
         kept = [x for x in (*self.method.buffers(), *self.updater.moments()) if x.is_floating_point()]
-        norms = torch._foreach_norm([x for x in kept if x.numel()], float("inf"))
-        return 0.0 * torch.stack(norms).float().sum() if norms else torch.zeros_like(self.loss)
+        squares = grad_square_sums(kept) if kept else self.loss  # in double: none overflows
+        return (0.0 * squares.sum()).to(self.loss)
 
     def reduce(self) -> None:
         """Add up over processes; the gradients first, as backward has begun to."""

@@ -195,6 +195,20 @@ def test_a_bad_step_changes_no_byte(optimizer, site):
     assert not step.run(batches(6), hyper).skipped and digest(step) != before
 
 
+@pytest.mark.parametrize("value", [1e30, math.inf, -math.inf, math.nan])
+def test_what_is_kept_between_steps_must_be_finite_but_may_be_large(value):
+    config = tiny_config()
+    hyper = Hyper(lr=0.01, weight_decay=0.04, momentum=0.9, teacher_temp=0.04, freeze_last_layer=False)
+    for key in ("exp_avg", "exp_avg_sq", "center"):
+        step = build(config)
+        run(step, config, batches(), 2)
+        state = next(iter(step.updater.optimizer.state.values())) | {"center": step.center[None]}
+        state[key].view(-1)[3] = value
+        before = digest(step)
+        assert step.run(batches(5), hyper).skipped != math.isfinite(value), key
+        assert (digest(step) == before) != math.isfinite(value), key
+
+
 def test_last_layer_frozen_then_trained():
     config = tiny_config()
     step = build(config)
