@@ -6,8 +6,15 @@ import sys
 
 
 def main() -> int:
-    from fastdino.cli import main as run
-
+    try:
+        from fastdino.cli import main as run
+    except ModuleNotFoundError as error:
+        print(
+            f"train.py: error: {error}; `make build` installs all into .venv, to be activated by "
+            "`. .venv/bin/activate`",
+            file=sys.stderr,
+        )
+        return 2
     return run(sys.argv[1:])
 
 

@@ -19,8 +19,18 @@ import tyro
 from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
 from fastdino.config import Config, ConfigError, config_to_yaml, convert, layered, validate
-from fastdino.data.remote import without_secrets
+from fastdino.data.remote import is_url, without_secrets
 from fastdino.presets import PRESETS
+
+# Flags of scripts beside main_dino.py, and what does their work here.
+_ELSEWHERE = {
+    "--pretrained_weights": "python -m fastdino.evaluation PROTOCOL --weights FILE evaluates a network, "
+    "python -m fastdino.interop safetensors import FILE RUN begins a run with it",
+    **dict.fromkeys(
+        ("--ngpus", "--nodes", "--timeout", "--partition", "--use_volta32", "--comment"),
+        "torchrun --nproc_per_node=GPUS --nnodes=NODES train.py ..., under SLURM as in fastdino/RECIPES.md",
+    ),
+}
 
 _DESCRIPTION = """\
 Pretrain a vision transformer with DINO on a folder of images.
@@ -44,7 +54,7 @@ class Actions:
     print_config: bool = False
     """Print all flags as YAML for --config and exit."""
     dry_run: bool = False
-    """Check everything, print model size, FLOPs, steps and estimated memory, and exit."""
+    """Check flags and data, print model size, FLOPs, steps and estimated memory, and exit."""
     preview_crops: int = 0
     """Write a contact sheet of the exact crops of this many images and exit."""
 
@@ -65,6 +75,9 @@ def parse(argv: Sequence[str]) -> tuple[Config, Actions]:
     layers.add_argument("--config", nargs="?")
     chosen, _ = layers.parse_known_args(argv)
     argv = ["--logger" + word[5:] if word == "--log" or word.startswith("--log=") else word for word in argv]
+    for word in argv:
+        if word.partition("=")[0] in _ELSEWHERE:
+            fail(f"{word}: no flag of train.py; {_ELSEWHERE[word.partition('=')[0]]}")
     if chosen.preset == "list":
         _print_and_stop(presets_table())
     try:
@@ -156,7 +169,10 @@ def _show_log() -> None:
     log = logging.getLogger("fastdino")
     log.handlers = [handler]
     log.setLevel(logging.INFO if rank == "0" else logging.WARNING)
-    logging.getLogger("fastdino.data.prescan").setLevel(logging.NOTSET if rank == "0" else logging.ERROR)
+    for module in ("manifest", "prescan"):  # these every process has
+        logging.getLogger(f"fastdino.data.{module}").setLevel(
+            logging.NOTSET if rank == "0" else logging.ERROR
+        )
 
 
 def _without_training(config: Config, actions: Actions) -> int:
@@ -173,6 +189,9 @@ def _without_training(config: Config, actions: Actions) -> int:
             manifest = build_manifest(config.data.data_path)
         except (ValueError, OSError, ImportError) as error:
             fail(str(error))
+        held_out = config.eval.eval_data_path
+        if held_out is not None and not is_url(held_out) and not os.path.exists(held_out):
+            fail(f"--eval_data_path: no such file or folder: {held_out}")
     if actions.dry_run:
         result = estimate(config, None if manifest is None else len(manifest), launched_processes())
         if result.steps_per_epoch == 0:

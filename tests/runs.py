@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import socket
 import sys
+from collections import deque
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -119,7 +120,13 @@ def place(rank: int, size: int, port: int) -> None:
     os.environ.update({"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)})
 
 
+_kept: deque[socket.socket] = deque(maxlen=64)
+
+
 def free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
+    """A port that the system gives to nobody who asks for any, while it is among the last of these."""
+    holder = socket.socket()
+    holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # whoever asks for this one may have it
+    holder.bind(("127.0.0.1", 0))
+    _kept.append(holder)
+    return holder.getsockname()[1]

@@ -133,6 +133,9 @@ def test_a_foreign_folder_is_refused(tmp_path) -> None:
     output.check(config_for(tmp_path, overwrite=True))
     with pytest.raises(ConfigError, match="b.jpg"):
         output.check(config_for(tmp_path, data_path=str(tmp_path)))
+    (tmp_path / "checkpoint.pth").touch()
+    with pytest.raises(ConfigError, match=r"official import .*/checkpoint.pth NEW_RUN"):
+        output.check(config_for(tmp_path))
 
 
 def test_starting_afresh_in_the_folder_of_a_run_must_be_asked_for(run, monkeypatch) -> None:
@@ -190,6 +193,32 @@ def test_a_pipe_gets_few_plain_lines(tmp_path, capsys, clock) -> None:
     )
     assert "\r" not in text and "\x1b" not in text
     assert (tmp_path / "train.log").read_text() == text
+
+
+def test_slow_steps_tell_their_pace_before_the_first_report(capsys, clock) -> None:
+    screen = Screen(1200, 0, enabled=True)
+    for step in range(1, 4):
+        clock[0] += 33.0
+        screen.tick(step)
+    screen.show(10, 0, "loss 1.0000", 33.0)
+    screen.tick(11)
+    screen.close()
+    lines = capsys.readouterr().out.splitlines()
+    assert lines == [
+        "step 1/1200 the first steps",
+        "step 2/1200 33.0 s per step eta 10:58:54",
+        "step 3/1200 33.0 s per step eta 10:58:21",
+        "epoch 0 step 10/1200 loss 1.0000 eta 10:54:30",
+    ]
+
+
+def test_quick_steps_are_not_told_one_by_one(capsys, clock) -> None:
+    screen = Screen(1200, 0, enabled=True)
+    for step in range(1, 100):
+        clock[0] += 0.05
+        screen.tick(step)
+    screen.close()
+    assert capsys.readouterr().out == ""
 
 
 def test_forced_colours_do_not_reach_a_pipe(capsys, clock, monkeypatch) -> None:

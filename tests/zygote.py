@@ -43,8 +43,9 @@ def serve(place: str) -> NoReturn:
     for name in IMPORTS:
         importlib.import_module(name)
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listening:
-        listening.bind(place)
+        listening.bind(f"{place}.begun")
         listening.listen()
+        os.rename(f"{place}.begun", place)  # who sees it can connect
         signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # of those that have ended nothing stays
         while True:
             connection, _ = listening.accept()

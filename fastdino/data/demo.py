@@ -21,6 +21,7 @@ import shutil
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 import numpy as np
@@ -471,13 +472,21 @@ def write_demo(
                 if split == "val":
                     (part / "masks" / split / name).mkdir(parents=True)
                 jobs += [(split, name, range(i, min(i + _BATCH, count))) for i in range(0, count, _BATCH)]
-        with ThreadPoolExecutor(num_threads or os.cpu_count() or 1) as pool:
-            drawn = [pool.submit(_write_batch, part, *job, size, seed) for job in jobs]
+        stop = Event()
+
+        def write(job: tuple[str, str, range]) -> None:
             try:
-                for batch in drawn:
-                    batch.result()
+                if not stop.is_set():
+                    _write_batch(part, *job, size, seed)
+            except BaseException:
+                stop.set()
+                raise
+
+        with ThreadPoolExecutor(num_threads or os.cpu_count() or 1) as pool:
+            try:
+                list(pool.map(write, jobs))
             finally:
-                pool.shutdown(cancel_futures=True)  # an error or Ctrl-C ends it at once, not after all images
+                stop.set()  # Ctrl-C ends it at once, not after all images
         (part / marker.name).write_text(json.dumps(settings))
         os.replace(part, root)
     finally:

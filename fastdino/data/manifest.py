@@ -11,6 +11,7 @@ makes them safe to show.
 
 from __future__ import annotations
 
+import logging
 import os
 import stat
 from array import array
@@ -28,6 +29,10 @@ from fastdino.data.samples import Members
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
 """File name endings taken as images, in any letter case: those of torchvision's ImageFolder."""
+_OTHER_PICTURES = frozenset(
+    ".heic .heif .avif .gif .jxl .jp2 .psd .dng .cr2 .cr3 .nef .arw .raw .svg".split()
+)
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -125,7 +130,10 @@ def _from_folder(root: str) -> Manifest:
     names, folders, links = _scan(root, passed_over)
     identity = _identity(root)
     if names:
-        return Manifest(Files.of(_walk([root], set(), passed_over)[0]), None, [], root)
+        passed_over.clear()  # the root is looked at once more
+        paths = _walk([root], set(), passed_over)[0]
+        _tell_of_pictures(root, passed_over)
+        return Manifest(Files.of(paths), None, [], root)
 
     # A link back to the root is no class, and one deeper down is not entered: it would put every image there.
     folders = sorted(folder for folder in folders + links if _identity(folder) != identity)
@@ -136,8 +144,25 @@ def _from_folder(root: str) -> Manifest:
             f"--data_path: no images in {printable(root)}: found {_describe(len(folders), passed_over)}; "
             f"expected files ending in {' '.join(IMAGE_SUFFIXES)}"
         )
+    _tell_of_pictures(root, passed_over)
+    _tell_of_splits(root, {os.path.basename(folder) for folder in folders})
     labels = np.repeat(np.arange(len(folders), dtype=np.int64), [len(of_class) for of_class in images])
     return Manifest(Files.of(paths), labels, [os.path.basename(folder) for folder in folders], root)
+
+
+def _tell_of_pictures(root: str, passed_over: Counter[str]) -> None:
+    """Whoever has them expects to train on them; other files are nobody's loss."""
+    pictures = {ending: count for ending, count in passed_over.items() if ending in _OTHER_PICTURES}
+    if pictures:
+        shown = ", ".join(f"{count} x {ending}" for ending, count in sorted(pictures.items()))
+        log.warning("%s: passed over %s, which are not read; convert them", printable(root), shown)
+
+
+def _tell_of_splits(root: str, classes: set[str]) -> None:
+    held_out = " and ".join(sorted(classes & {"val", "test"}))
+    if held_out and "train" in classes:
+        meant = printable(os.path.join(root, "train"))
+        log.warning("%s: takes train and %s for classes; was %s meant?", printable(root), held_out, meant)
 
 
 def _walk(tops: list[str], visited: set[tuple[int, int]], passed_over: Counter[str]) -> list[list[str]]:

@@ -25,7 +25,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from fastdino.engine.disk import MAY_PASS, Disk, ignoring_errors, make_directories, patiently, remove_all
+from fastdino.engine.disk import MAY_PASS, Disk, ignoring_errors, patiently, remove_all
 from fastdino.engine.pieces import (
     CheckpointError,
     HostCopies,
@@ -96,10 +96,11 @@ def save(
     is in place, the others when their part is written.
 
     Raises OSError with path, name of the error and bytes when the disk fails, after ``disk.pauses`` where
-    that may pass; TimeoutError (an OSError) when rank 0 has waited ``timeout`` seconds for another writer;
-    NotFiniteError when there is NaN or infinity in a tensor; CheckpointError when the pieces do not make up
-    whole tensors. Nothing then stands under a final name, unless only the last flush of the directory
-    failed: then the new checkpoint does, complete. ValueError for a rank or attempt that cannot be."""
+    that may pass, or when ``root`` would have to be made in a directory that is not there; TimeoutError (an
+    OSError) when rank 0 has waited ``timeout`` seconds for another writer; NotFiniteError when there is NaN
+    or infinity in a tensor; CheckpointError when the pieces do not make up whole tensors. Nothing then stands
+    under a final name, unless only the last flush of the directory failed: then the new checkpoint does,
+    complete. ValueError for a rank or attempt that cannot be."""
     root, disk = Path(root), disk or Disk()
     target = root / f"step-{step:08d}"
     temporary = root / f"{SAVING}{step:08d}{'-' if attempt else ''}{attempt}"
@@ -126,7 +127,9 @@ def save(
             return target
         if not attempt:
             remove_unfinished(root, disk=disk)
-        make_directories(disk, root, patient)
+        if not disk.is_directory(root):  # but never the run's folder, which is there or was lost
+            patient(disk.make_directory, root)
+            patient(disk.sync_directory, root.parent)
         patient(disk.make_directory, temporary)
         part = f"-{rank + 1:05d}-of-{world_size:05d}" if sharded else ""
         files: dict[str, dict[str, Any]] = {}

@@ -152,6 +152,8 @@ class Screen:
         self.total = total
         self.pace: float | None = None  # seconds per step, smoothed; evaluations and start-up do not count
         self.reports, self.reported = 0, -math.inf
+        self.ticks: tuple[int, float] | None = None  # the first step that ended and when
+        self.ticked = time.monotonic()
         self.progress = Progress(
             TextColumn("epoch {task.fields[epoch]}"),
             BarColumn(bar_width=24),
@@ -175,8 +177,7 @@ class Screen:
     def show(self, step: int, epoch: int, text: str, seconds_per_step: float) -> None:
         """Report on a step; ``text`` is one line."""
         self.pace = seconds_per_step if self.pace is None else 0.8 * self.pace + 0.2 * seconds_per_step
-        minutes, seconds = divmod(int(self.pace * (self.total - step)), 60)
-        text = f"{text} eta {minutes // 60}:{minutes % 60:02d}:{seconds:02d}"
+        text = f"{text} eta {self._eta(step, self.pace)}"
         if self.live:
             self.progress.update(self.task, completed=step, epoch=epoch, text=text)
         now = time.monotonic()
@@ -188,6 +189,26 @@ class Screen:
             self.console.print(line, markup=False)
             sys.stdout.flush()
         self._write(line)
+
+    def tick(self, step: int) -> None:
+        """A step has ended. Where they are slow this says how slow, before :meth:`show` has more to say."""
+        now = time.monotonic()
+        first, since = self.ticks = self.ticks or (step, now)
+        if self.pace is not None or now - self.ticked < self.INTERVAL:
+            return
+        self.ticked = now
+        text = f"{(now - since) / (step - first):.1f} s per step" if step > first else "the first steps"
+        if step > first:
+            text += f" eta {self._eta(step, (now - since) / (step - first))}"
+        if self.live:
+            self.progress.update(self.task, completed=step, text=text)
+        else:
+            self.console.print(f"step {step}/{self.total} {text}", markup=False)
+            sys.stdout.flush()
+
+    def _eta(self, step: int, pace: float) -> str:
+        minutes, seconds = divmod(int(pace * (self.total - step)), 60)
+        return f"{minutes // 60}:{minutes % 60:02d}:{seconds:02d}"
 
     def close(self) -> None:
         logging.getLogger("fastdino").removeHandler(self.handler)

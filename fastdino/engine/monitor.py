@@ -49,12 +49,14 @@ class Monitor:
         if bank.labels is None or queries.labels is None:
             raise ValueError(
                 f"--eval_data_path {root}: k-NN needs class folders for queries and memory bank, "
-                f"but {'the memory bank' if bank.labels is None else 'the query folder'} has no labels"
+                f"but {'the memory bank' if bank.labels is None else 'the query folder'} has no labels; "
+                "give the folder that holds train/ and val/"
             )
         unknown = sorted(set(queries.class_names) - set(bank.class_names))
         if unknown:
             raise ValueError(
-                f"--eval_data_path {root}: classes {unknown[:5]} have no images in the memory bank"
+                f"--eval_data_path {root}: classes {unknown[:5]} have no images in the memory bank; "
+                "give the folder that holds train/ and val/"
             )
         chosen = np.arange(len(bank))
         if len(bank) > config.eval_bank_size:

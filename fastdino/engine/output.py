@@ -35,6 +35,13 @@ def check(config: Config) -> None:
                 "and replaces its logs, or choose another folder",
             )
         return
+    official = output / "checkpoint.pth"
+    if official.is_file():
+        raise ConfigError(
+            "output_dir",
+            f"expected a new folder or that of a run, {output} is one of the official code; "
+            f"python -m fastdino.interop official import {official} NEW_RUN makes a run that goes on there",
+        )
     strange = foreign(output, [config.data.data_path, config.eval.eval_data_path])
     if strange:
         names = ", ".join(strange[:_SHOWN]) + (", ..." if len(strange) > _SHOWN else "")

@@ -83,6 +83,7 @@ class Trainer:
     # -- construction ----------------------------------------------------------------------------------------
 
     def _construct(self, config: Config) -> None:
+        import_dali()  # without which nothing below makes sense
         self.watchdog = Watchdog(config.run.hang_timeout, self.world.rank, self.world.size)
         self.stragglers = Stragglers()
         self.signal = 0
@@ -183,6 +184,12 @@ class Trainer:
             )
         else:
             found = Path(wanted)
+            official = found / "checkpoint.pth" if found.is_dir() else found
+            if official.is_file():
+                raise checkpoint.CheckpointError(
+                    f"--resume {wanted}: {official.name} is a file of the official code or of a backbone; "
+                    f"python -m fastdino.interop official import {official} {self.output} makes a run of it"
+                )
             if checkpoint.step_of(found) < 0:
                 found = checkpoint.latest(
                     found / "checkpoints" if (found / "checkpoints").is_dir() else found
@@ -308,6 +315,7 @@ class Trainer:
                 self._forget_unread()
                 self._stop(screen)
             self.read += 1
+            screen.tick(self.read)
             window.add(result)
             self.stragglers.add(result.worked)
             if self._is_last_straw(result, screen):
@@ -449,14 +457,21 @@ class Trainer:
         if not (self.step and sheet.exists()):
             contact_sheet(self.manifest, self.config.crops, self.config.run.seed, 6, sheet)
         parameters = sum(p.numel() for p in self.method.student.parameters())
+        classes = self.manifest.class_names
+        folders = f" in {len(classes)} classes" if classes else ""
         screen.say(
-            f"{len(self.manifest)} images, {parameters / 1e6:.1f} M parameters, global batch "
+            f"{len(self.manifest)} images{folders}, {parameters / 1e6:.1f} M parameters, global batch "
             f"{self.global_batch} = {self.world.size} process(es) x {self.accumulate} x {self.micro_batch}, "
             f"{self.total_steps} steps in {facts['precision']} on {facts['device']}"
         )
         for warning in method_warnings(self.config):
             screen.say(f"WARNING: {warning}")
-        if self.step:
+        if self.step == self.total_steps:
+            screen.say(
+                f"complete: {self.step} of {self.total_steps} steps in {self.resumed_from}; to train longer, "
+                "give more --epochs and --allow_changes epochs"
+            )
+        elif self.step:
             screen.say(f"continuing after step {self.step} from {self.resumed_from}")
         if moved := checkpoint.set_aside(self.checkpoints, self.step if self.resumed_from else -1):
             screen.say(

@@ -130,6 +130,8 @@ class Watchdog:
         self._peers: list[_Peer] = []
         Watchdog._opened += 1
         self._store = parallel.another_store(f"watchdog {Watchdog._opened}")
+        self._is_hosted = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"  # by rank 0
+        self._hosts = self._is_hosted and rank == 0 and size > 1
 
     def start(self) -> Watchdog:
         """Every process must come here."""
@@ -257,8 +259,7 @@ class Watchdog:
     def _look_for_silence(self, now: float) -> None:
         silent = [r for r, peer in enumerate(self._peers) if now - peer.heard > self.timeout]
         if self.rank in silent:  # what this process says does not come back either: the store is silent
-            hosted = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
-            silent = [0] if hosted and self.rank else []
+            silent = [0] if self._is_hosted and self.rank else []
         if silent:
             who = ", ".join(f"rank {r} {self._peers[r].told()}" for r in silent)
             self._hang(f"silent for {self.timeout:g} s: {who}", [self._peers[r] for r in silent])
@@ -285,6 +286,8 @@ class Watchdog:
     def _exit(self, message: str) -> None:
         self._say(message)
         sys.stdout.flush()
+        if self._hosts:  # the others read the reason from a store that ends with this process
+            time.sleep(min(2 * self.interval, 0.8 * _GRACE))
         os._exit(exits.HUNG)
 
     def _say(self, message: str) -> None:

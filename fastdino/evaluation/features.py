@@ -26,7 +26,7 @@ import torch
 import torch.distributed as dist
 from fastdino_kernels import csrc
 from fastdino_kernels.resize_crop import resize_crop
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from torch import Tensor, nn
 
 from fastdino.data import headers, prescan
@@ -67,6 +67,8 @@ def read_image(path: ImagePath) -> Image.Image:
             return image.convert("RGB")
     except FileNotFoundError:
         raise FileNotFoundError(f"no such image: {printable(os.fspath(path))}") from None
+    except UnidentifiedImageError as error:  # which tells no more than the address of a buffer
+        raise UnreadableImage(f"cannot read image {printable(os.fspath(path))}: of no known kind") from error
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise UnreadableImage(f"cannot read image {printable(os.fspath(path))}: {error}") from error
 

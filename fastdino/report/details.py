@@ -136,11 +136,13 @@ def commands(run: Run) -> list[tuple[str, str]]:
     processes = number(run.environment.get("processes"))
     launch = f"torchrun --nproc_per_node={processes:.0f}" if processes > 1 else "python"
     data = shlex.quote(_labelled(run.config) or "DIR")
+    side = number(run.config.get("eval_image_size") or run.config.get("global_crops_size"))
+    size = f" --image_size {side:.0f}" if math.isfinite(side) else ""  # that of the run's own figures
     again = f"{launch} train.py --config {root}/config.yaml --output_dir {root} --resume auto"
     found = [("Go on with this run, in the folder it was started from", again)]
     protocols = {
-        "k-NN": f"knn --weights {root} --data_path {data}",
-        "Linear probe": f"linear --weights {root} --data_path {data} --output_dir {root}/evaluation",
+        "k-NN": f"knn --weights {root} --data_path {data}{size}",
+        "Linear probe": f"linear --weights {root} --data_path {data}{size} --output_dir {root}/evaluation",
         "Everything the data allow, on one page": f"report --weights {root} --data_path {data}",
     }
     found += [(name, f"python -m fastdino.evaluation {words}") for name, words in protocols.items()]
@@ -152,10 +154,11 @@ def commands(run: Run) -> list[tuple[str, str]]:
 
 
 def _labelled(config: dict[str, Any]) -> str | None:
-    """The folder with train/ and val/ that the run evaluated on, if the configuration tells."""
+    """The folder with train/ and val/ (or test/) that the run evaluated on, if the configuration tells."""
     held_out, training = config.get("eval_data_path"), config.get("data_path")
     if not isinstance(held_out, str) or not isinstance(training, str):
         return None
     parent = Path(held_out).parent
-    siblings = (Path(held_out).name, Path(training).name) == ("val", "train")
-    return str(parent) if siblings and parent == Path(training).parent else held_out
+    if Path(held_out).name in ("val", "test") and parent / "train" == Path(training):
+        return str(parent)
+    return held_out if Path(held_out, "train").is_dir() else None

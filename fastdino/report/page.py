@@ -117,8 +117,8 @@ def _side(run: Run, patch: int) -> int:
 
 
 def render(run: Run, seen: figures.Strips | None = None, alike: Sequence[Sequence[Tile]] = ()) -> str:
-    """The whole page as text; ``seen`` are the pictures of held-out images and ``alike`` those of their
-    neighbours, if any.
+    """The whole page as text; ``seen`` are pictures of held-out images, or of training images where there are
+    none, and ``alike`` those of their neighbours, if any.
     """
     scores = read_scores(run)
     findings = checks(run, scores)
@@ -139,6 +139,7 @@ def render(run: Run, seen: figures.Strips | None = None, alike: Sequence[Sequenc
         charts=_charts(run, scores),
         split=time_split(run),
         seen=seen,
+        pictured="Training" if run.config.get("eval_data_path", "") is None else "Held-out",
         alike=alike,
         efficiency=efficiency(run),
         difference=difference(run),

@@ -196,6 +196,9 @@ def checks(run: Run, scores: Scores) -> list[Check]:
         else:
             text = f"{-gain:.1f} points below the better baseline."
             found.append(Check("bad", "Nothing learned yet", text))
+    elif run.metrics:
+        text = "Losses do not tell. --eval_data_path with labelled held-out images gives k-NN figures."
+        found.append(Check("note", "Learning not measured", text))
 
     entropy, prototypes = last_epoch(run, "teacher_entropy"), prototypes_of(run)
     if math.isfinite(entropy) and prototypes > 1:

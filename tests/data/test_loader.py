@@ -390,6 +390,9 @@ def test_the_producer_stays_a_bounded_number_of_batches_ahead(manifest, monkeypa
     with MultiCropLoader(manifest, CROPS, seed=0, global_batch=4, micro_batch=4, prefetch=2) as loader:
         for _ in range(20):
             next(loader)
+        deadline = time.monotonic() + 60
+        while len(made) < 22 and time.monotonic() < deadline:
+            time.sleep(0.01)
         time.sleep(0.2)
         assert 22 <= len(made) <= 26
 

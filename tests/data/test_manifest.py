@@ -64,6 +64,19 @@ def test_hidden_files_pipes_and_other_endings_are_passed_over(tmp_path):
     assert relative(manifest, tmp_path) == ["a/1.jpg"] and manifest.class_names == ["a"]
 
 
+def test_pictures_that_are_not_read_and_splits_taken_for_classes_are_told(tmp_path, caplog):
+    touch(tmp_path, "train/1.jpg", "train/a.HEIC", "train/b.heic", "val/2.jpg", "val/c.gif", "val/d.txt")
+    caplog.set_level("WARNING", "fastdino.data.manifest")
+    build_manifest(tmp_path)
+    told = list(caplog.messages)
+    assert told[0] == f"{tmp_path}: passed over 1 x .gif, 2 x .heic, which are not read; convert them"
+    assert told[1] == f"{tmp_path}: takes train and val for classes; was {tmp_path}/train meant?"
+    assert len(told) == 2
+    caplog.clear()
+    build_manifest(tmp_path / "val")  # a flat folder
+    assert caplog.messages == [f"{tmp_path}/val: passed over 1 x .gif, which are not read; convert them"]
+
+
 def test_links_are_followed_but_no_loop_and_no_folder_twice(tmp_path):
     data, elsewhere = tmp_path / "data", tmp_path / "elsewhere"
     touch(data, "a/1.jpg", "a/sub/2.jpg", "b/3.jpg")

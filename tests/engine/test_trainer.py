@@ -14,7 +14,7 @@ import torch
 from fastdino.config import config_from_flags
 from fastdino.engine import checkpoint
 from fastdino.engine.trainer import Trainer
-from runs import command, environment, train
+from runs import ROOT, command, environment, train
 
 
 def final(out):
@@ -73,32 +73,53 @@ def test_repeating_a_run_gives_the_same_bits(images, uninterrupted, tmp_path):
     assert_same_run(uninterrupted, tmp_path / "again")
 
 
+WAITS = """
+import sys, time
+from pathlib import Path
+from fastdino import cli
+from fastdino.engine.step import TrainStep
+
+enqueue, calls = TrainStep.enqueue, []
+
+def waiting(self, batches, hyper, stop):
+    calls.append(1)
+    if len(calls) == 8:
+        Path(sys.argv[1]).touch()
+        while not stop():
+            time.sleep(0.001)
+    enqueue(self, batches, hyper, stop)
+
+TrainStep.enqueue = waiting
+sys.exit(cli.main(sys.argv[2:]))
+"""
+
+
 def test_a_preempted_run_continues_bitwise(images, uninterrupted, tmp_path):
     """As a process of its own; reliability/ has SIGKILL, torchrun's agent and every other moment."""
-    out = tmp_path / "preempted"
+    out, note = tmp_path / "preempted", tmp_path / "note"
     flags = ("--drop_path_rate", "0.1", "--save_every", "5")
+    program, _, *words = command(images, out, *flags)
     process = subprocess.Popen(
-        command(images, out, *flags),
+        [program, "-c", WAITS, str(note), *words],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
         env=environment(),
-        cwd=tmp_path,
+        cwd=ROOT,
     )
     deadline = time.monotonic() + 120
-    while not (out / "checkpoints" / "step-00000005").exists():  # in the middle of the first epoch
+    while not note.exists():  # in the middle of the first epoch
         assert time.monotonic() < deadline and process.poll() is None, process.stdout.read()
         time.sleep(0.002)
     process.send_signal(signal.SIGTERM)
     text = process.communicate(timeout=120)[0]
     reached = checkpoint.step_of(checkpoint.latest(out / "checkpoints"))
-    assert reached < 24, "the run ended before the signal came"
-    assert process.returncode == 143 and "SIGTERM" in text
+    assert process.returncode == 143 and "SIGTERM" in text and reached == 7, text
     done = train(images, out, *flags)
     assert f"continuing after step {reached}" in done.stdout
     assert_same_run(uninterrupted, out, reached)
     again = train(images, out, *flags)  # a finished run has nothing left to do
-    assert "continuing after step 24" in again.stdout
+    assert "complete: 24 of 24 steps in" in again.stdout and "continuing" not in again.stdout
     assert_same_run(uninterrupted, out, reached)
 
 
@@ -235,3 +256,12 @@ def test_a_cache_that_does_not_fit_is_refused_before_the_model_is_built(images, 
     flags = dict(data_path=str(images), output_dir=str(tmp_path), cache_decoded="on", batch_size_per_gpu=8)
     with pytest.raises(ValueError, match="--cache_decoded on: the decoded images take at least"):
         Trainer(config_from_flags(**flags))
+
+
+def test_an_official_file_to_resume_from_is_told_how_to_come_in(images, tmp_path):
+    file = tmp_path / "official" / "checkpoint.pth"
+    file.parent.mkdir()
+    file.touch()
+    for given in (file, file.parent):
+        done = train(images, tmp_path / "out", "--resume", str(given), code=2)
+        assert f"python -m fastdino.interop official import {file} {tmp_path / 'out'}" in done.stderr

@@ -27,18 +27,21 @@ def python(code: str, folder: Path | None = None) -> str:
 
 def test_import_is_quick_and_light() -> None:
     code = """
-import time, torch
+import json, time, torch
 sockets = []
 sys.addaudithook(lambda event, _: sockets.append(event) if event.startswith("socket.") else None)
 start = time.process_time()
 import fastdino_kernels
-print(time.process_time() - start)
+took = time.process_time() - start
+start = time.process_time()
+json.loads(json.dumps([f"train/{i}.JPEG" for i in range(200_000)]))
+print(took / (time.process_time() - start))
 heavy = "triton", "fastdino", "torch._dynamo", "torch._inductor", "matplotlib", "nvidia", "PIL", "yaml"
 print(*(name for name in heavy if name in sys.modules), *sockets)
 """
     runs = [python(code).splitlines() for _ in range(3)]
     assert all(line[1] == "" for line in runs)
-    assert min(float(line[0]) for line in runs) <= 0.15
+    assert min(float(line[0]) for line in runs) <= 2.0  # 0.15 s where the yardstick takes 0.075 s
 
 
 def test_no_import_of_fastdino_in_the_sources() -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from reliability.promises import IN_MEMORY
 from tests.engine.conftest import images as images
 
 
@@ -17,5 +18,5 @@ def memory(tmp_path: Path) -> Iterator[Path]:
     if not os.access(shared, os.W_OK):
         yield tmp_path
         return
-    with tempfile.TemporaryDirectory(dir=shared) as path:
+    with tempfile.TemporaryDirectory(dir=shared, prefix=IN_MEMORY) as path:
         yield Path(path)

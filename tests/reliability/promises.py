@@ -17,6 +17,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+IN_MEMORY = "fastdino-test-"  # begins the names of the directories that the fixture ``memory`` makes
 NIGHTLY = os.environ.get("FASTDINO_NIGHTLY") == "1"
 
 

@@ -76,7 +76,8 @@ def digest(engine: Engine) -> str:
 
 def machine() -> dict[str, str]:
     facts = environment(1, torch.device("cpu"))
-    return {"torch": facts["packages"]["torch"], "cpu": facts["device"].rpartition(",")[0]}
+    cpu = f"{facts['device'].rpartition(',')[0]}, {torch.backends.cpu.get_cpu_capability()}"
+    return {"torch": facts["packages"]["torch"], "cpu": cpu}
 
 
 def after_step_5(folder: Path) -> dict:

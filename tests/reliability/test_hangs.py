@@ -20,7 +20,7 @@ from fastdino.engine import exits
 from fastdino.engine.disk import Disk
 from fastdino.engine.step import TrainStep
 from reliability import toy
-from reliability.promises import NIGHTLY, cases_of, promise
+from reliability.promises import IN_MEMORY, NIGHTLY, cases_of, promise
 
 TIMEOUT = 10 if NIGHTLY else 4
 AT_STEP = 6
@@ -89,16 +89,16 @@ def hang_cases() -> list[tuple[int, str, str]]:
     ]
 
 
-def test_a_hang_ends_all_processes_and_names_rank_and_phase(images, tmp_path):
+def test_a_hang_ends_all_processes_and_names_rank_and_phase(images, memory):
     flags = ("--hang_timeout", str(TIMEOUT), "--epochs", "4", "--save_every", "4")
     pending = list(enumerate(hang_cases()))
     with promise(11, "one of two ranks hangs or is stopped in data, forward, collective, save") as cases:
         while pending:
             running = []
             for number, (victim, site, how) in pending[:6]:
-                note = tmp_path / f"{number}.note"
+                note = memory / f"{number}.note"
                 hook = partial(hanging, victim=victim, site=site, how=how, note=note)
-                out = tmp_path / f"hang{number}"
+                out = memory / f"hang{number}"
                 running.append(
                     (victim, site, how, note, toy.start(images, out, *flags, processes=2, hook=hook))
                 )
@@ -122,33 +122,33 @@ def test_a_hang_ends_all_processes_and_names_rank_and_phase(images, tmp_path):
                     assert named and all(re.fullmatch(place + ".*", name) for name in named), job.text
 
 
-def test_torchrun_restarts_a_hung_run_and_the_bits_are_those_of_an_undisturbed_one(images, tmp_path):
+def test_torchrun_restarts_a_hung_run_and_the_bits_are_those_of_an_undisturbed_one(images, memory):
     flags = ("--hang_timeout", str(TIMEOUT), "--save_every", "4")
-    toy.train(images, tmp_path / "whole", *flags, processes=2)
+    toy.train(images, memory / "whole", *flags, processes=2)
     wanted = [(1, "data", "stop"), (0, "collective", "sleep"), (1, "forward", "spin"), (0, "save", "sleep")]
     with promise(11, "restart by torchrun's agent after a hang, bitwise") as cases:
         for number, (victim, site, how) in enumerate(wanted[: cases_of(1, 4)]):
             with cases.case(f"rank {victim} {how} in {site}"):
-                out = tmp_path / f"restarted{number}"
-                hook = partial(hanging, victim=victim, site=site, how=how, note=tmp_path / f"r{number}.note")
+                out = memory / f"restarted{number}"
+                hook = partial(hanging, victim=victim, site=site, how=how, note=memory / f"r{number}.note")
                 job = toy.start(images, out, *flags, processes=2, launcher=1, hook=hook)
                 assert job.wait(TIMEOUT + 60) == [0], job.text
-                assert "HANG" in job.text and toy.state_hash(out) == toy.state_hash(tmp_path / "whole"), (
+                assert "HANG" in job.text and toy.state_hash(out) == toy.state_hash(memory / "whole"), (
                     job.text
                 )
 
 
-def test_a_single_process_that_hangs_ends_too_and_a_suspended_one_goes_on(images, tmp_path):
+def test_a_single_process_that_hangs_ends_too_and_a_suspended_one_goes_on(images, memory):
     flags = ("--hang_timeout", "3")
     with promise(11, "a single process hangs, or is suspended and continued") as cases:
         with cases.case("hangs in data"):
-            note = tmp_path / "note"
+            note = memory / "note"
             hook = partial(hanging, victim=0, site="data", how="sleep", note=note)
-            job = toy.train(images, tmp_path / "hung", *flags, hook=hook, code=exits.HUNG)
+            job = toy.train(images, memory / "hung", *flags, hook=hook, code=exits.HUNG)
             assert "no progress for 3 s: rank 0 in data of step 6" in job.text, job.text
             assert "most recent call first" in job.text and "in hang" in job.text  # where it hung
         with cases.case("suspended for longer than the limit"):
-            out = tmp_path / "suspended"
+            out = memory / "suspended"
             job = toy.start(images, out, *flags, "--epochs", "4")
             job.until(lambda: (out / "metrics.jsonl").exists())
             job.send(signal.SIGSTOP)
@@ -207,9 +207,14 @@ def failure_cases() -> list[tuple[int, str, str]]:
     ]
 
 
+def in_shared_memory() -> set[str]:
+    """Names in /dev/shm besides those of the fixture ``memory``."""
+    return {name for name in os.listdir("/dev/shm") if not name.startswith(IN_MEMORY)}
+
+
 @pytest.mark.skipif(not Path("/dev/shm").is_dir(), reason="looks for what is left in /dev/shm")
-def test_one_failure_ends_all_processes_and_is_told_first(images, tmp_path):
-    shared = set(os.listdir("/dev/shm"))
+def test_one_failure_ends_all_processes_and_is_told_first(images, memory):
+    shared = in_shared_memory()
     with promise(
         12, "one of two ranks raises: the other stops, the first error first, nothing left"
     ) as cases:
@@ -217,9 +222,9 @@ def test_one_failure_ends_all_processes_and_is_told_first(images, tmp_path):
         running = []
         while pending or running:
             for number, (victim, site, kind) in pending[:4] if not running else ():
-                note = tmp_path / f"{number}.note"
+                note = memory / f"{number}.note"
                 hook = partial(failing, victim=victim, site=site, kind=kind, note=note)
-                job = toy.start(images, tmp_path / f"fail{number}", processes=2, hook=hook)
+                job = toy.start(images, memory / f"fail{number}", processes=2, hook=hook)
                 running.append((victim, site, kind, note, job))
                 pending = pending[1:]
             toy.watch([job for *_, job in running], 60)
@@ -231,11 +236,14 @@ def test_one_failure_ends_all_processes_and_is_told_first(images, tmp_path):
                 first = job.text[job.text.index("Traceback") :]
                 assert ERRORS[kind] in first.split("Traceback")[1], job.text
                 assert not job.orphans, job.orphans
-    assert set(os.listdir("/dev/shm")) <= shared
+    deadline = time.monotonic() + 60
+    while in_shared_memory() - shared and time.monotonic() < deadline:
+        time.sleep(0.1)  # another test's may go away, what a run has left does not
+    assert in_shared_memory() <= shared
 
 
-def test_no_worker_outlives_its_launcher(images, tmp_path):
-    out = tmp_path / "run"
+def test_no_worker_outlives_its_launcher(images, memory):
+    out = memory / "run"
     with promise(12, "SIGKILL of torchrun's agent leaves no process behind") as cases:
         with cases.case("two ranks"):
             job = toy.start(images, out, "--epochs", "400", "--hang_timeout", "4", processes=2, launcher=0)

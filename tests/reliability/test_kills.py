@@ -52,6 +52,14 @@ def begun(notes: Path) -> list[str]:
     return notes.read_text().splitlines() if notes.exists() else []
 
 
+def is_saving(out: Path) -> bool:
+    """Whether a save has begun to write files."""
+    try:
+        return any(out.glob("checkpoints/.saving-*/*"))
+    except FileNotFoundError:  # it ended while we looked
+        return False
+
+
 def kill_at_random(job: toy.Job, out: Path, notes: Path, draw) -> None:
     """Kill everything: some time after the start, after a step, or while a save is under way."""
     kind, delay = draw.choice(("start", "step", "step", "save")), draw.uniform(0, 0.4)
@@ -60,7 +68,7 @@ def kill_at_random(job: toy.Job, out: Path, notes: Path, draw) -> None:
         if kind == "start" or (kind == "step" and notes.exists()):
             time.sleep(delay)
             break
-        if kind == "save" and list(out.glob("checkpoints/.saving-*/*")):
+        if kind == "save" and is_saving(out):
             time.sleep(delay / 20)
             break
         time.sleep(0.001)

@@ -1,5 +1,6 @@
 """ImageNet's number of images costs seconds and little memory to open. Limits are three times the promised
-times, in seconds of processor time, for machines that do other things as well.
+times, in seconds of processor time, and grow with what a yardstick takes beside them: processors that others
+use too, or slower ones, take longer for the same work.
 """
 
 from __future__ import annotations
@@ -11,7 +12,8 @@ from reliability.promises import promise
 
 N = 1_281_167
 PROMISED = {"build": 10.0, "reopen": 2.0, "permutation": 0.3, "seek": 0.05}
-"""Seconds."""
+"""Seconds where the yardstick takes ``YARDSTICK`` of them."""
+YARDSTICK = 0.06
 MEMORY = 200 << 20
 
 
@@ -26,9 +28,11 @@ def test_a_list_of_all_of_imagenet(tmp_path: Path) -> None:
     assert not outcome.error, outcome.error
     found = outcome.result
     with promise(20, "list of 1,281,167 images: opened, ordered, sought") as cases:
+        slower = max(1.0, found["yardstick"] / YARDSTICK)
         for name, seconds in PROMISED.items():
             with cases.case(name):
-                assert found[name] <= 3 * seconds, f"{name} took {found[name]:.2f} s"
+                took = f"{name} took {found[name]:.3f} s where the yardstick took {found['yardstick']:.3f} s"
+                assert found[name] <= 3 * seconds * slower, took
         with cases.case("memory"):
             assert found["memory"] <= MEMORY, f"{found['memory'] >> 20} MiB"
         with cases.case("contents"):

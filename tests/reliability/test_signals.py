@@ -6,12 +6,14 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
 import time
 from functools import partial
 from pathlib import Path
 
 from fastdino.engine.disk import Disk
 from fastdino.engine.step import TrainStep
+from fastdino.engine.trainer import Trainer
 from reliability import toy
 from reliability.promises import NIGHTLY, promise
 
@@ -20,22 +22,34 @@ AT_STEP = 6
 
 
 def announcing(rank: int, moment: str, note: Path) -> None:
-    """Rank 0 says when the moment has come and lets it last."""
+    """Rank 0 says when the moment has come and lets it last until a signal comes, or the file ``note``.go."""
     owner, name = {
         "forward": (TrainStep, "forward"),
         "update": (TrainStep, "update"),
         "save": (Disk, "rename"),
     }[moment]
     original, calls = getattr(owner, name), []
+    handler, signalled = Trainer._on_signal, threading.Event()
+
+    def handling(self, *arguments):
+        signalled.set()
+        handler(self, *arguments)
 
     def waiting(self, *arguments, **options):
         calls.append(1)
         if rank == 0 and len(calls) == (1 if owner is Disk else AT_STEP):
             note.write_text("now")
-            time.sleep(0.5)
+            deadline = time.monotonic() + 60
+            while not (signalled.is_set() or go(note).exists()) and time.monotonic() < deadline:
+                time.sleep(0.005)
         return original(self, *arguments, **options)
 
     setattr(owner, name, waiting)
+    Trainer._on_signal = handling
+
+
+def go(note: Path) -> Path:
+    return note.with_suffix(".go")
 
 
 def plans() -> list[tuple[int, str, str, int]]:
@@ -57,17 +71,17 @@ def plans() -> list[tuple[int, str, str, int]]:
     ]
 
 
-def test_a_signal_saves_and_the_same_command_continues_bitwise(images, tmp_path):
+def test_a_signal_saves_and_the_same_command_continues_bitwise(images, memory):
     flags = ("--save_every", "4")
-    toy.train(images, tmp_path / "whole", *flags, processes=2)
-    expected = toy.state_hash(tmp_path / "whole")
+    toy.train(images, memory / "whole", *flags, processes=2)
+    expected = toy.state_hash(memory / "whole")
     with promise(
         5, "SIGTERM, SIGINT, SIGUSR1 to a rank, all or the launcher, in a step or save, twice"
     ) as cases:
         for case, (number, target, moment, times) in enumerate(plans()):
             name = f"{signal.Signals(number).name} x {times} to {target} in {moment}"
             with cases.case(name):
-                out, note = tmp_path / f"run{case}", tmp_path / f"{case}.note"
+                out, note = memory / f"run{case}", memory / f"{case}.note"
                 hook = partial(announcing, moment=moment, note=note)
                 launcher = 0 if target == "launcher" else None
                 job = toy.start(images, out, *flags, processes=2, hook=hook, launcher=launcher)
@@ -76,6 +90,8 @@ def test_a_signal_saves_and_the_same_command_continues_bitwise(images, tmp_path)
                 for _ in range(times):
                     job.send(number, int(target[-1]) if target.startswith("rank") else None)
                     time.sleep(0.05)
+                if target == "rank 1":
+                    go(note).touch()
                 codes = job.wait(30)
                 assert time.monotonic() - begun < 10, job.text
                 sent = 128 + number
@@ -93,16 +109,16 @@ def test_a_signal_saves_and_the_same_command_continues_bitwise(images, tmp_path)
                 assert toy.state_hash(out) == expected
 
 
-def test_a_signal_to_the_whole_group_of_a_single_process(images, tmp_path):
-    toy.train(images, tmp_path / "whole")
+def test_a_signal_to_the_whole_group_of_a_single_process(images, memory):
+    toy.train(images, memory / "whole")
     with promise(5, "a signal to the process group of a single process with its loader threads") as cases:
         for number in SIGNALS if NIGHTLY else SIGNALS[:1]:
             with cases.case(signal.Signals(number).name):
-                out, note = tmp_path / f"run{number}", tmp_path / f"{number}.note"
+                out, note = memory / f"run{number}", memory / f"{number}.note"
                 job = toy.start(images, out, hook=partial(announcing, moment="forward", note=note))
                 job.until(note.exists)
                 os.killpg(job.processes[0].pid, number)
                 assert job.wait(30) == [128 + number], job.text
                 assert toy.newest(out) == AT_STEP - 1 or toy.newest(out) == AT_STEP, job.text
                 toy.train(images, out)
-                assert toy.state_hash(out) == toy.state_hash(tmp_path / "whole")
+                assert toy.state_hash(out) == toy.state_hash(memory / "whole")

@@ -79,6 +79,7 @@ def run_dir(tmp_path):
     root.mkdir()
     config = Config()
     config.model.out_dim, config.crops.global_crops_size = 1000, 32
+    config.eval.eval_data_path = "held_out"
     (root / "config.yaml").write_text(config_to_yaml(config))
     (root / "metrics.jsonl").write_text(jsonl(record(step) for step in range(10, 101, 10)))
     (root / "log.txt").write_text(
@@ -345,6 +346,14 @@ def test_neighbours(run_dir, backbone, images, tmp_path):
     assert neighbours(backbone, images[0], bank[:5], side=32, device="cpu") == []
 
 
+def test_without_labels_nothing_is_called_healthy_or_held_out(run_dir, backbone, images):
+    (run_dir / "eval.jsonl").unlink()
+    (run_dir / "config.yaml").write_text(config_to_yaml(Config()))
+    words = Page(write_report(run_dir, backbone=backbone, image_paths=images[0]).read_text()).text
+    assert "Healthy" not in words and "Learning not measured" in words
+    assert "Training images, at" in words and "Held-out images, at" not in words
+
+
 def test_health(run_dir):
     assert "Healthy" in Page(write_report(run_dir).read_text()).text
     lines = [record(s, teacher_entropy=0.05, t_data=1.0, bad_steps=2) for s in (50, 100)]
@@ -399,7 +408,13 @@ def test_left_out_files_and_commands(run_dir):
     root = f"'{run_dir}'"
     again = f"python train.py --config {root}/config.yaml --output_dir {root} --resume auto"
     assert again in lines.values()
-    assert lines["k-NN"] == f"python -m fastdino.evaluation knn --weights {root} --data_path d"
+    knn = f"python -m fastdino.evaluation knn --weights {root} --data_path"
+    assert lines["k-NN"] == f"{knn} d --image_size 224"
+    for training, held_out, data in (("d/train", "d/test", "d"), ("d/a", "d/b", "DIR"), ("d", None, "DIR")):
+        paths = {"data_path": training, "eval_data_path": held_out, "global_crops_size": 48}
+        (run_dir / "config.yaml").write_text(config_to_yaml(with_flags(Config(), paths)))
+        told = dict(details.commands(Run.read(run_dir)))
+        assert told["k-NN"] == f"{knn} {data} --image_size 48"
     for line in lines.values():
         assert line in page.text
 
