@@ -31,7 +31,7 @@ def centered_softmax(logits: Tensor, center: Tensor, *, temp: float | Tensor) ->
     """
     check_tensor("logits", logits, ("R", "K"))
     check_tensor("center", center, (logits.shape[1],), like=logits)
-    check_temperature("temp", temp)
+    check_temperature("temp", temp, targets=True)
     dtype = torch.promote_types(logits.dtype, torch.float32)
     form, logits, temp = sinkhorn.prepare(logits, temp)
     # To the kernels -inf is a prototype that no sample admits; as a center it is an error, which must show.

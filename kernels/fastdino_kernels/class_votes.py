@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .backend import resolve
-from .native import call, int64, pointer
+from .native import call, empty, int64, pointer, tensor
 
 
 def class_votes(classes: Tensor, weights: Tensor, truth: Tensor, *, ks: Sequence[int], number: int) -> Tensor:
@@ -52,9 +52,9 @@ def class_votes(classes: Tensor, weights: Tensor, truth: Tensor, *, ks: Sequence
             )
     if resolve(classes) != "cpu":
         return _reference(classes, weights, truth, ks, number)
-    ranks = torch.empty(len(classes), len(ks), dtype=torch.int64)
+    ranks = empty(len(classes), len(ks), dtype=torch.int64)
     classes, weights, truth = classes.contiguous(), weights.contiguous(), truth.contiguous()
-    steps = torch.tensor(list(ks), dtype=torch.int64)
+    steps = tensor(list(ks), dtype=torch.int64)
     call(
         "fdk_class_votes",
         *int64(*classes.shape),

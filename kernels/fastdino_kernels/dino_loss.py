@@ -22,7 +22,7 @@ from torch import Tensor
 
 from . import reference
 from .backend import resolve
-from .native import call, int64, on_huge_pages, pointer
+from .native import call, empty, int64, on_huge_pages, pointer, tensor
 from .operators import operator, register_gradient
 from .reference import DinoLoss
 from .validate import check_no_grad, check_prototypes, check_temperature, check_tensor, check_views
@@ -32,7 +32,7 @@ KERNEL_DTYPES = (torch.float32, torch.bfloat16)
 
 def new_state(images: int, views: int, n_global: int) -> Tensor:
     """Empty statistics of ``images`` images: float64 [images * (2 V + 3 G + V G)]."""
-    state = torch.empty(images * state_size(views, n_global), dtype=torch.float64)
+    state = empty(images * state_size(views, n_global), dtype=torch.float64)
     call("fdk_dino_state_init", *int64(images, views, n_global), pointer(state))
     return state
 
@@ -57,7 +57,7 @@ def result(state: Tensor, shape: tuple[int, int, int]) -> tuple[Tensor, Tensor]:
     """Loss and mean teacher entropy, fp32 [], of a complete state."""
     values = (ctypes.c_double * 2)()
     call("fdk_dino_result", *int64(*shape), pointer(state), values)
-    return torch.tensor(values[0], dtype=torch.float32), torch.tensor(values[1], dtype=torch.float32)
+    return tensor(values[0]), tensor(values[1])
 
 
 def write_gradient(
@@ -164,7 +164,9 @@ def _shape(student: Tensor, teacher: Tensor, n_global: int) -> tuple[int, int, i
 
 def temperature(value: float | Tensor) -> Tensor:
     """0-dim float64 CPU tensor, so that a compiled graph need not be rebuilt when a schedule moves it."""
-    return torch.as_tensor(value, dtype=torch.float64).detach()
+    if isinstance(value, Tensor):
+        return value.detach().to("cpu", torch.float64)
+    return tensor(value, dtype=torch.float64)
 
 
 def dino_loss(
@@ -195,6 +197,7 @@ def dino_loss(
     k = student_logits.shape[1]
     check_tensor("teacher_logits", teacher_logits, ("G*B", k), like=student_logits)
     check_tensor("center", center, (k,), like=student_logits)
+    check_no_grad("center", center)
     check_prototypes("student_logits", k)
     check_no_grad("teacher_logits", teacher_logits)
     check_temperature("student_temp", student_temp)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from . import reference
 from .backend import resolve
-from .native import DTYPES, call, int64, pointers, sizes
+from .native import DTYPES, call, int64, pointers, sizes, tensor, zeros
 from .validate import check_number
 
 T = TypeVar("T")
@@ -144,10 +144,10 @@ def grad_square_sums(grads: Sequence[Tensor | None]) -> Tensor:
     Raises: ValueError for gradients on several devices."""
     present, kind = _present(grads)
     if not present:
-        return torch.zeros(len(grads), dtype=torch.float64)
+        return zeros(len(grads), dtype=torch.float64)
     device = present[0].device
     if kind != "triton" and device.type == "cpu":
-        return torch.tensor(host_square_sums(grads), dtype=torch.float64)
+        return tensor(host_square_sums(grads), dtype=torch.float64)
     fast = [kind == "triton" and g is not None and is_plain(g, g, DTYPES) for g in grads]
     quick = [g for f, g in zip(fast, grads, strict=True) if f and g is not None]
     others = [reference.square_sum(g, device) for f, g in zip(fast, grads, strict=True) if not f]
@@ -172,7 +172,7 @@ def _norms(grads: Sequence[Tensor | None], grad_scale: float | Tensor, max_norm:
     """Norms of unscaled gradients; with ``max_norm`` the gradients are unscaled and clipped."""
     present, kind = _present(grads)
     if not present:
-        return torch.zeros(len(grads))
+        return zeros(len(grads))
     device = present[0].device
     if kind != "triton" and device.type == "cpu":
         scale = float(grad_scale)
@@ -182,7 +182,7 @@ def _norms(grads: Sequence[Tensor | None], grad_scale: float | Tensor, max_norm:
                 factor = reference.clip_coefficient(norm, max_norm) / scale
                 if grad is not None and factor != 1:
                     grad.mul_(factor)
-        return torch.tensor(norms, dtype=torch.float32)
+        return tensor(norms)
     fast = [kind == "triton" and g is not None and is_plain(g, g, DTYPES) for g in grads]
     quick = [g for f, g in zip(fast, grads, strict=True) if f and g is not None]
     slow = [g for f, g in zip(fast, grads, strict=True) if not f]

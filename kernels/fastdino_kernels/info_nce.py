@@ -27,7 +27,7 @@ from torch import Tensor
 from . import reference
 from .backend import gemm_dtype, resolve
 from .dino_loss import KERNEL_DTYPES, temperature
-from .native import call, int64, pointer
+from .native import call, int64, pointer, zeros
 from .operators import operator
 from .reference import InfoNCE
 from .validate import check_no_grad, check_temperature, check_tensor
@@ -72,9 +72,9 @@ def _forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """-> loss [], accuracy [], gradient of the loss [R, D] fp32 ([R, 0] where not needed)."""
     rows, d, t = len(query), query.shape[1] if needs_grad else 0, temp.item()
-    largest = torch.full((rows,), SMALLEST)
-    total = torch.zeros(rows, dtype=torch.float64)
-    mean = torch.zeros(rows, d)
+    largest = torch.full((rows,), SMALLEST, dtype=torch.float32, device="cpu")
+    total = zeros(rows, dtype=torch.float64)
+    mean = zeros(rows, d)
 
     def fold(block: Tensor) -> None:
         call(

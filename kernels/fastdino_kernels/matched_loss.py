@@ -33,7 +33,7 @@ from torch import Tensor
 from . import reference
 from .backend import gemm_dtype, resolve
 from .dino_loss import temperature
-from .native import call, int64, on_huge_pages, pointer
+from .native import call, empty, int64, on_huge_pages, pointer, tensor, zeros
 from .operators import operator
 from .reference import MatchedLoss
 from .validate import check_no_grad, check_prototypes, check_temperature, check_tensor
@@ -61,14 +61,15 @@ def groups(match: Tensor, teacher_rows: int, row_bytes: int, teacher_bytes: int)
     """
     valid = match >= 0
     met = match[valid]
-    label = torch.arange(teacher_rows)  # of each teacher row: the first one that it is connected with
+    # of each teacher row: the first one that it is connected with
+    label = torch.arange(teacher_rows, device="cpu")
     for _ in range(_ROUNDS):
         of_row = label[match.clamp(min=0)].where(valid, teacher_rows).amin(1)
         previous, label = label, label.scatter_reduce(0, met, of_row[:, None].expand_as(match)[valid], "amin")
         if torch.equal(previous, label):
             break
     order = of_row.argsort(stable=True)[: int(valid.any(1).sum())]
-    used = torch.zeros(teacher_rows, dtype=torch.bool).index_fill_(0, met, True)
+    used = zeros(teacher_rows, dtype=torch.bool).index_fill_(0, met, True)
     students = torch.bincount(of_row[order], minlength=teacher_rows)
     costs = students * row_bytes + torch.bincount(label[used], minlength=teacher_rows) * teacher_bytes
     for rows in _cut(order, students, costs, row_bytes + match.shape[1] * teacher_bytes):
@@ -102,10 +103,10 @@ class _Buffers:
     def __init__(self, parts: list[Group], k: int, dtype: torch.dtype) -> None:
         self.k, self.dtype = k, dtype
         rows, teachers = max(len(g.rows) for g in parts), max(len(g.teachers) for g in parts)
-        self.x = on_huge_pages(torch.empty(rows * k, dtype=dtype))
-        self.weights = on_huge_pages(torch.empty(teachers * k))
+        self.x = on_huge_pages(empty(rows * k, dtype=dtype))
+        self.weights = on_huge_pages(empty(teachers * k))
         # The teacher's logits lie where its weights will, unless they are of another type.
-        self.t = None if dtype == torch.float32 else torch.empty(0, dtype=dtype)
+        self.t = None if dtype == torch.float32 else empty(0, dtype=dtype)
 
     def chunks(self, group: Group) -> Iterator[tuple[slice, Tensor, Tensor, Tensor]]:
         """Columns; x [n, C], t [m, C] and weights [m, C], each dense."""
@@ -152,9 +153,9 @@ def _forward(
     mean_y = teacher_z.mean(0, dtype=torch.float32)
     batch_center = torch.cat([torch.mv(part.float(), mean_y) for part in teacher_weight.split(4 * BLOCK)])
     z, w, y, v = (x.to(dtype) for x in (student_z, student_weight, teacher_z, teacher_weight))
-    dz = torch.zeros(z.shape if needs_z else 0)
-    dw = on_huge_pages(torch.empty(w.shape if needs_weight else 0)).zero_()
-    entropies = torch.empty(teacher_rows, dtype=torch.float64)
+    dz = zeros(z.shape if needs_z else 0)
+    dw = on_huge_pages(empty(w.shape if needs_weight else 0)).zero_()
+    entropies = empty(teacher_rows, dtype=torch.float64)
     loss = kl = 0.0  # nats
 
     blocks = -(-k // BLOCK)
@@ -164,7 +165,7 @@ def _forward(
     for group in parts:
         n, m = len(group.rows), len(group.teachers)
         group_z, group_y, group_weight = z[group.rows], y[group.teachers], row_weight[group.rows]
-        records = torch.empty(n, blocks, 2 + targets), torch.empty(m, blocks, 3)
+        records = empty(n, blocks, 2 + targets), empty(m, blocks, 3)
         for columns, x, t, weights in buffers.chunks(group):
             torch.mm(group_z, w[columns].t(), out=x)
             torch.mm(group_y, v[columns].t(), out=t)
@@ -178,8 +179,8 @@ def _forward(
                 *int64(columns.start // BLOCK, blocks),
                 *map(pointer, records),
             )
-        statistics = torch.empty(2, n), torch.empty(2, m)
-        of_teachers = torch.empty(m, dtype=torch.float64)
+        statistics = empty(2, n), empty(2, m)
+        of_teachers = empty(m, dtype=torch.float64)
         result = (ctypes.c_double * 2)()
         call(
             "fdk_matched_combine",
@@ -193,7 +194,7 @@ def _forward(
         entropies[group.teachers] = of_teachers
         if n == 0 or not (needs_z or needs_weight):
             continue
-        group_dz = torch.zeros(n, z.shape[1])
+        group_dz = zeros(n, z.shape[1])
         for columns, dx, _, weights in buffers.chunks(group):
             call(
                 "fdk_matched_gradient",
@@ -211,7 +212,7 @@ def _forward(
         if needs_z:
             dz[group.rows] = group_dz
     entropy = entropies.mean().float()
-    return torch.tensor(loss), torch.tensor(kl), entropy, batch_center, dz, dw
+    return tensor(loss), tensor(kl), entropy, batch_center, dz, dw
 
 
 @torch.library.register_fake(_forward)
@@ -273,6 +274,7 @@ def matched_loss(
     check_tensor("teacher_z", teacher_z, ("T", d), like=student_z)
     check_tensor("teacher_weight", teacher_weight, (k, d), like=student_z)
     check_tensor("center", center, (k,), like=student_z)
+    check_no_grad("center", center)
     check_no_grad("teacher_z", teacher_z)
     check_no_grad("teacher_weight", teacher_weight)
     check_temperature("student_temp", student_temp)

@@ -125,14 +125,14 @@ def _reference(
     for view, destination in enumerate(out):
         table = _normalize_table(mean, std, destination.dtype)
         for i, image in enumerate(arrays):
-            crop = torch.tensor(augment(image, rows[i, view], destination.shape[-1]).astype(np.int64))
+            crop = torch.from_numpy(augment(image, rows[i, view], destination.shape[-1]).astype(np.int64))
             for channel in range(3):
                 destination[i, channel] = table[channel][crop[..., channel]]
 
 
 def _normalize_table(mean: Sequence[float], std: Sequence[float], dtype: torch.dtype) -> Tensor:
     """What each 8-bit value v becomes, [3, 256]: (v / 255 - mean) / std in float32, rounded to dtype."""
-    values = torch.arange(256, dtype=torch.float32).div(255)  # [256]
+    values = torch.arange(256, dtype=torch.float32, device="cpu").div(255)  # [256]
     rows = [values.sub(m).div(s) for m, s in zip(mean, std, strict=True)]
     return torch.stack(rows).to(dtype).contiguous()
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -12,6 +13,11 @@ from . import csrc
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # codes of the C interface
 _HUGE_PAGES_FROM = 4 << 20  # bytes
+
+# Memory for the C functions, whatever torch's default type and device are.
+empty = partial(torch.empty, dtype=torch.float32, device="cpu")
+zeros = partial(torch.zeros, dtype=torch.float32, device="cpu")
+tensor = partial(torch.tensor, dtype=torch.float32, device="cpu")
 
 
 def call(name: str, *arguments: object) -> None:
@@ -22,6 +28,7 @@ def call(name: str, *arguments: object) -> None:
 
 
 def pointer(x: Tensor) -> ctypes.c_void_p:
+    assert x.device.type == "cpu", x.device
     return ctypes.c_void_p(x.data_ptr())
 
 

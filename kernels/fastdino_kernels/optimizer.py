@@ -18,6 +18,7 @@ from torch import Tensor
 from . import reference
 from .backend import resolve
 from .ema import ema_update_, host_norms, is_plain, merged
+from .native import tensor, zeros
 from .validate import check_number
 
 _COPY_DTYPES = {"cpu": (torch.bfloat16,), "triton": (torch.bfloat16, torch.float16), "reference": ()}
@@ -94,7 +95,7 @@ def backend_of(params: Sequence[Tensor]) -> tuple[str, bool]:
 def update(rule: Rule, rows: Sequence[Row], common: Common) -> StepResult:
     """One step of ``rule``: nothing changes if a gradient is not finite, or with ``common.skip``."""
     if not rows:
-        return StepResult(torch.zeros((), dtype=torch.bool), torch.zeros(0))
+        return StepResult(zeros((), dtype=torch.bool), zeros(0))
     if len({row.param.get_device() for row in rows}) > 1:
         raise ValueError("params: expected all on one device, got several")
     kind, on_host = backend_of([row.param for row in rows])
@@ -114,7 +115,7 @@ def update(rule: Rule, rows: Sequence[Row], common: Common) -> StepResult:
     ema_update_([t for t, _ in pairs], [p for _, p in pairs], momentum)
     for copy, x in late + [pair for row in behind for pair in _copies(row)]:
         copy.copy_(x if frozen is None else torch.where(frozen, copy, x.to(copy.dtype)))
-    written = [x for row in rows for x in (row.param if row.grad is not None else None, row.teacher)]
+    written = [x for row in rows for x in (row.teacher, row.teacher_copy, *_with_gradient(row))]
     torch.autograd.graph.increment_version([x for x in written if x is not None])
     return result
 
@@ -133,11 +134,11 @@ def _on_host(
             False: iter(host_norms([row.grad for row in slow])),
             None: repeat(0.0),
         }
-        norms = torch.tensor([next(of[kind]) / scale for kind in kinds], dtype=torch.float64)
+        norms = tensor([next(of[kind]) / scale for kind in kinds], dtype=torch.float64)
     else:
         norms = common.norms
     found = not norms.isfinite().all()
-    result = StepResult(torch.tensor(found), norms.float())
+    result = StepResult(tensor(found, dtype=torch.bool), norms.float())
     if found or common.skip:
         return result, True
     factors = (rule.factors(norms) / scale).tolist()
@@ -185,6 +186,11 @@ def _is_fast(row: Row) -> bool:
         if not is_plain(x, p):
             return False
     return True
+
+
+def _with_gradient(row: Row) -> tuple[Tensor | None, ...]:
+    """What a step writes only where there is a gradient; without one a copy already is what it should be."""
+    return () if row.grad is None else (row.param, row.copy, row.step, *row.state)
 
 
 def _copies(row: Row) -> list[tuple[Tensor, Tensor]]:
@@ -259,6 +265,11 @@ class FusedOptimizer(torch.optim.Optimizer):
             for row in self._rows({}):
                 for copy, x in _copies(row):
                     copy.copy_(x)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies, by deepcopy or pickle, keep teachers and 16-bit copies as well."""
+        ours = ("_params", "_teachers", "_copies", "_teacher_copies", "_extra_ema", "_rule")
+        return {**super().__getstate__(), **{name: getattr(self, name) for name in ours}}
 
     def _one_each(self, name: str, tensors: Sequence[Tensor | None] | None) -> list[Tensor | None]:
         if tensors is None:

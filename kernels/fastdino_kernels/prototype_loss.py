@@ -24,7 +24,7 @@ from torch import Tensor
 from . import reference
 from .backend import resolve
 from .dino_loss import add_statistics, new_state, result, state_size, temperature, write_gradient
-from .native import on_huge_pages
+from .native import empty, on_huge_pages, zeros
 from .operators import operator, register_gradient
 from .reference import PrototypeLoss
 from .validate import check_no_grad, check_prototypes, check_temperature, check_tensor, check_views
@@ -73,15 +73,15 @@ def _forward(
     shape, temps = (images, rows // images, n_global), (student_temp.item(), teacher_temp.item())
     z, y = student_z.to(dtype), teacher_z.to(dtype)
     keeps = needs_grad and _keeps(k, rows + teacher_rows, dtype)
-    kept = on_huge_pages(torch.empty((rows + teacher_rows) * k if keeps else 0, dtype=dtype))
-    batch_center = torch.empty(k, dtype=torch.float32)
+    kept = on_huge_pages(empty((rows + teacher_rows) * k if keeps else 0, dtype=dtype))
+    batch_center = empty(k)
     state = new_state(*shape)
     buffer = kept
     for columns in _chunks(student_z, student_weight, teacher_z, teacher_weight, dtype, keeps):
         if keeps:
             buffer = kept[(rows + teacher_rows) * columns.start :]
         elif columns.start == 0:
-            buffer = torch.empty((rows + teacher_rows) * columns.stop, dtype=dtype)
+            buffer = empty((rows + teacher_rows) * columns.stop, dtype=dtype)
         x, t = _views(buffer, rows, teacher_rows, columns)
         torch.mm(z, student_weight[columns].to(dtype).t(), out=x)
         torch.mm(y, teacher_weight[columns].to(dtype).t(), out=t)
@@ -137,15 +137,15 @@ def _backward(
     images = teacher_rows // n_global
     shape, temps = (images, rows // images, n_global), (student_temp.item(), teacher_temp.item())
     z, y, scale = student_z.to(dtype), teacher_z.to(dtype), grad_loss.item()
-    dz = torch.zeros(student_z.shape if needs_z else 0, dtype=torch.float32)
+    dz = zeros(student_z.shape if needs_z else 0)
     dw = on_huge_pages(torch.empty_like(student_weight) if needs_weight else student_weight.new_empty(0))
     direct = dw.dtype == dtype
     keeps = len(kept) > 0
-    chunk = torch.empty(0, dtype=dtype)
+    chunk = empty(0, dtype=dtype)
     for columns in _chunks(student_z, student_weight, teacher_z, teacher_weight, dtype, keeps):
         weight = student_weight[columns].to(dtype)
         if len(chunk) == 0:
-            chunk = torch.empty((rows + (0 if keeps else teacher_rows)) * columns.stop, dtype=dtype)
+            chunk = empty((rows + (0 if keeps else teacher_rows)) * columns.stop, dtype=dtype)
         if keeps:
             x, t = _views(kept[(rows + teacher_rows) * columns.start :], rows, teacher_rows, columns)
             dx = chunk[: x.numel()].view_as(x)
@@ -237,6 +237,7 @@ def prototype_loss(
     check_tensor("teacher_z", teacher_z, ("G*B", d), like=student_z)
     check_tensor("teacher_weight", teacher_weight, (k, d), like=student_z)
     check_tensor("center", center, (k,), like=student_z)
+    check_no_grad("center", center)
     check_prototypes("student_weight", k)
     check_no_grad("teacher_z", teacher_z)
     check_no_grad("teacher_weight", teacher_weight)

@@ -96,7 +96,7 @@ def _table(mean: tuple[float, ...], std: tuple[float, ...], dtype: torch.dtype) 
     if len(mean) != 3 or len(std) != 3 or not all(s > 0 for s in std):
         raise ValueError(f"mean, std: expected 3 numbers each, std > 0, got {mean} and {std}")
     with torch.inference_mode(False):  # the cache outlives an evaluation
-        values = torch.arange(256, dtype=torch.float32).div(255)  # [256]
+        values = torch.arange(256, dtype=torch.float32, device="cpu").div(255)  # [256]
         rows = [values.sub(m).div(s) for m, s in zip(mean, std, strict=True)]
         return torch.stack(rows).to(dtype).contiguous()
 

@@ -27,7 +27,7 @@ from torch import Tensor
 from . import reference
 from .backend import resolve
 from .dino_loss import KERNEL_DTYPES, temperature
-from .native import call, int64, on_huge_pages, pointer
+from .native import call, empty, int64, on_huge_pages, pointer
 from .operators import operator
 from .validate import FLOATS, check_temperature, check_tensor
 
@@ -45,7 +45,7 @@ class Form(NamedTuple):
 
 @operator("fastdino::sinkhorn_columns")
 def _columns(logits: Tensor, temp: Tensor) -> Tensor:
-    out = torch.empty(logits.shape[1], dtype=torch.float64)
+    out = empty(logits.shape[1], dtype=torch.float64)
     call("fdk_sinkhorn_columns", pointer(logits), *_problem(logits, temp), pointer(out))
     return out
 
@@ -60,7 +60,7 @@ def _step(logits: Tensor, temp: Tensor, c: Tensor) -> Tensor:
 @operator("fastdino::sinkhorn_targets")
 def _targets(logits: Tensor, temp: Tensor, c: Tensor, dtype: torch.dtype) -> Tensor:
     bf16 = dtype == torch.bfloat16
-    out = on_huge_pages(torch.empty(logits.shape, dtype=torch.bfloat16 if bf16 else torch.float32))
+    out = on_huge_pages(empty(logits.shape, dtype=torch.bfloat16 if bf16 else torch.float32))
     arguments = (*map(pointer, (logits, c)), *_problem(logits, temp), pointer(out), ctypes.c_int(bf16))
     call("fdk_sinkhorn_targets", *arguments)
     return out.to(dtype)
@@ -159,7 +159,7 @@ def _over_processes(local: Tensor, before: Tensor | None, group: dist.ProcessGro
 
 def _check(logits: Tensor, temp: float | Tensor, n_iters: int, group: Group) -> None:
     check_tensor("logits", logits, ("R", "K"))
-    check_temperature("temp", temp)
+    check_temperature("temp", temp, targets=True)
     if not isinstance(n_iters, int) or n_iters < 1:
         raise ValueError(f"n_iters: expected a whole number, at least 1, got {n_iters!r}")
     if isinstance(group, str) and group != "local":

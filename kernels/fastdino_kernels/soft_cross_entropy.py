@@ -21,7 +21,7 @@ from torch import Tensor
 from . import reference
 from .backend import resolve
 from .dino_loss import KERNEL_DTYPES, temperature
-from .native import call, int64, on_huge_pages, pointer
+from .native import call, empty, int64, on_huge_pages, pointer
 from .operators import operator, register_gradient
 from .validate import check_no_grad, check_temperature, check_tensor
 
@@ -30,7 +30,7 @@ from .validate import check_no_grad, check_temperature, check_tensor
 def _forward(logits: Tensor, target: Tensor, temp: Tensor) -> tuple[Tensor, Tensor]:
     """-> loss [R], statistics m and n / sum exp(y) [2, R]."""
     rows = len(logits)
-    loss, stats = torch.empty(rows, dtype=torch.float32), torch.empty(2, rows, dtype=torch.float32)
+    loss, stats = empty(rows), empty(2, rows)
     arguments = _problem(logits, target, temp)
     call("fdk_soft_cross_entropy", pointer(logits), pointer(target), *arguments, *map(pointer, (loss, stats)))
     return loss, stats

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .backend import resolve
-from .native import call, int64, pointer
+from .native import call, empty, int64, pointer, zeros
 
 _SLACK = 32  # numbers that the kernel compares at a time
 _MOST = (1 << 30) - _SLACK  # twice as many and the slack are an int of C
@@ -35,12 +35,12 @@ class RunningTopK:
             raise ValueError(f"rows, k: expected {expected}, got {rows!r} and {k!r}")
         self.rows, self.k, self.device = rows, k, torch.device(device)
         self.native = resolve(torch.empty(0, device=self.device)) == "cpu"
-        self.seen = torch.zeros(rows, dtype=torch.int64)  # columns so far
+        self.seen = zeros(rows, dtype=torch.int64)  # columns so far
         if self.native:
             self.room = 2 * k + _SLACK
-            self.keys = torch.empty(rows, self.room, dtype=torch.int64)
-            self.counts = torch.zeros(rows, dtype=torch.int32)
-            self.thresholds = torch.full((rows,), -torch.inf)
+            self.keys = empty(rows, self.room, dtype=torch.int64)
+            self.counts = zeros(rows, dtype=torch.int32)
+            self.thresholds = torch.full((rows,), -torch.inf, dtype=torch.float32, device="cpu")
         else:
             self.values = torch.full((rows, k), -torch.inf, device=self.device)
             self.columns = torch.full((rows, k), _LAST, device=self.device)
@@ -90,8 +90,8 @@ class RunningTopK:
         wanted = min(self.k, int(seen.min()))
         if not self.native:
             return self.values[rows, :wanted], self.columns[rows, :wanted]
-        values = torch.empty(len(seen), wanted)
-        columns = torch.empty(len(seen), wanted, dtype=torch.int64)
+        values = empty(len(seen), wanted)
+        columns = empty(len(seen), wanted, dtype=torch.int64)
         call(
             "fdk_top_k_finish",
             *int64(len(seen), wanted),

@@ -37,10 +37,15 @@ def check_prototypes(name: str, number: int) -> None:
         raise ValueError(f"{name}: expected at least one prototype, got none")
 
 
-def check_temperature(name: str, value: float | Tensor) -> None:
+def check_temperature(name: str, value: float | Tensor, *, targets: bool = False) -> None:
+    """A number > 0 or a 0-dim tensor, which gets no gradient: of ``targets`` nothing else is expected."""
     if isinstance(value, Tensor):
         if value.dim() != 0:
             raise ValueError(f"{name}: expected a number or a 0-dim tensor, got shape {list(value.shape)}")
+        if value.requires_grad and not targets:
+            raise ValueError(
+                f"{name}: expected a temperature that is not trained (detach it): it gets no gradient"
+            )
     elif not isinstance(value, (int, float)):
         raise TypeError(f"{name}: expected a number or a 0-dim tensor, got {type(value).__name__}")
     elif not value > 0:

@@ -326,5 +326,6 @@ def test_compiles_without_graph_breaks(triton_device: torch.device, small: None)
 
 def test_what_is_supported() -> None:
     assert flash.supports(256, torch.bfloat16, 90) and flash.supports(384, torch.float16, 80)
+    assert flash.supports(384, torch.bfloat16, 100) and not flash.supports(512, torch.bfloat16, 100)
     assert not flash.supports(256, torch.float16, 70) and not flash.supports(768, torch.float16, 90)
     assert not flash.supports(256, torch.float32, 90)

@@ -15,6 +15,8 @@ LOG2E = 1.4426950408889634  # kernels take exponentials to the base 2
 
 def scalar(value: float | Tensor, like: Tensor) -> Tensor:
     """0-dim fp32 tensor beside ``like``; a number arrives by a fill, so no step waits for the host."""
+    if isinstance(value, Tensor) and value.device.type == "cpu" and like.is_cuda:
+        value = value.item()  # a copy from memory that is not pinned would wait for the device
     if isinstance(value, Tensor):
         return value.detach().to(device=like.device, dtype=torch.float32)
     return torch.full((), float(value), dtype=torch.float32, device=like.device)

@@ -11,14 +11,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..native import DTYPES
+from ..native import DTYPES, tensor
 from ..optimizer import Common, Row
 
 CHUNK = 8192  # elements that one program takes: small enough that the last programs of a launch end together
@@ -32,7 +32,30 @@ _SPARE = 2  # pinned buffers of each length for captures, which may not allocate
 MODEL = (43_956_864, 160, 43_956_864 // CHUNK + 160, "ViT-S/16 and head, 44 M parameters")
 
 T = TypeVar("T")
-_cache: dict[Hashable, object] = {}
+
+
+@dataclass(frozen=True)
+class _Made:
+    """When and on which stream the upload of a table began."""
+
+    stream: torch.cuda.Stream
+    event: torch.cuda.Event
+
+    @classmethod
+    def now(cls, device: torch.device) -> _Made:
+        stream, event = torch.cuda.current_stream(device), torch.cuda.Event()
+        event.record(stream)
+        return cls(stream, event)
+
+    def wait(self, table: Tensor) -> None:
+        """Before another stream reads the table: it must be there, and stay until that stream has read it."""
+        stream = torch.cuda.current_stream(table.device)
+        if stream != self.stream:
+            stream.wait_event(self.event)
+            table.record_stream(stream)
+
+
+_cache: dict[Hashable, tuple[Any, _Made | None]] = {}
 _spare: dict[int, list[Tensor]] = {}
 _captured: list[object] = []  # what a CUDA graph reads must live as long as the process
 
@@ -60,7 +83,7 @@ def layout(sizes: Sequence[int], device: torch.device) -> Layout:
             first.append(first[-1] + count)
         tensors = [i for i, count in enumerate(counts) for _ in range(count)]
         numbers = [j for count in counts for j in range(count)]
-        table = upload(torch.tensor([*sizes, *first, *tensors, *numbers], dtype=torch.int64), device)
+        table = upload(_integers([*sizes, *first, *tensors, *numbers]), device)
         return Layout(len(counts), first[-1], table)
 
     return _cached(("layout", tuple(sizes)), device, make)
@@ -69,7 +92,7 @@ def layout(sizes: Sequence[int], device: torch.device) -> Layout:
 def constants(columns: Sequence[Sequence[int]], device: torch.device) -> Tensor:
     """Integers [columns, n] that stay the same for many steps."""
     values = tuple(value for column in columns for value in column)
-    return _cached(values, device, lambda: upload(torch.tensor(values, dtype=torch.int64), device))
+    return _cached(values, device, lambda: upload(_integers(values), device))
 
 
 def per_step(
@@ -80,9 +103,9 @@ def per_step(
     live = [(i, x) for i, x in enumerate(numbers) if isinstance(x, Tensor) and x.device == device]
     kept = {i for i, _ in live}
     values = [0.0 if i in kept else float(x) for i, x in enumerate(numbers)]
-    bits = torch.tensor(values, dtype=torch.float64).view(torch.int64)
+    bits = tensor(values, dtype=torch.float64).view(torch.int64)
     even = [*addresses, *[0] * (len(addresses) % 2)]  # the numbers begin at 16 bytes, for any n
-    block = upload(torch.cat([torch.tensor(even, dtype=torch.int64), bits]), device)
+    block = upload(torch.cat([_integers(even), bits]), device)
     scalars = block[len(even) :].view(torch.float64)
     if live:
         torch._foreach_copy_([scalars[i] for i, _ in live], [x.detach() for _, x in live])
@@ -92,6 +115,10 @@ def per_step(
 def address(x: Tensor | None) -> int:
     """0 only for None: an empty tensor, which has no memory, must not look missing."""
     return 0 if x is None else x.data_ptr() or 16
+
+
+def _integers(values: Sequence[int]) -> Tensor:
+    return tensor(values, dtype=torch.int64)
 
 
 def upload(host: Tensor, device: torch.device) -> Tensor:
@@ -125,14 +152,20 @@ def _capturing(device: torch.device) -> bool:
 def _cached(content: Hashable, device: torch.device, make: Callable[[], T]) -> T:
     capturing, key = _capturing(device), (device, content)
     known = _cache.pop(key, None)
-    found = make() if known is None else known
+    if known is None:
+        found = make()
+        made = _Made.now(device) if device.type == "cuda" and not capturing else None
+    else:
+        found, made = known
     if capturing:
         _captured.append(found)
+    elif made is not None:
+        made.wait(cast(Tensor, found.table if isinstance(found, Layout) else found))
     if known is not None or not capturing:  # what a capture uploads is there only from its first replay on
-        _cache[key] = found  # at the end: the one used longest ago goes first
+        _cache[key] = found, made  # at the end: the one used longest ago goes first
     if len(_cache) > _CACHED:
         del _cache[next(iter(_cache))]
-    return found  # type: ignore[return-value]
+    return found
 
 
 @dataclass(frozen=True)

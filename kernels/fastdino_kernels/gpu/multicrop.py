@@ -233,7 +233,7 @@ def _uploaded(images: Sequence[np.ndarray | Tensor], device: torch.device) -> li
         return there
     host = [image for image in images if not isinstance(image, Tensor) or image.device != device]
     sizes = [int(np.prod(image.shape)) for image in host]
-    packed = torch.empty(sum(sizes), dtype=torch.uint8, pin_memory=True)
+    packed = torch.empty(sum(sizes), dtype=torch.uint8, pin_memory=True, device="cpu")
     for image, part in zip(host, packed.split(sizes), strict=True):
         np.copyto(part.numpy(), np.asarray(image).reshape(-1))
     sent = iter(packed.to(device, non_blocking=True).split(sizes))

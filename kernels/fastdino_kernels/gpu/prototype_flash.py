@@ -60,7 +60,8 @@ class Blocks(NamedTuple):
 
 
 # By the first capability with these matrix instructions (mma.sync, wgmma); for D up to 256, 384, 512. The
-# former fit the 99 KiB of sm_86 and sm_89 as well.
+# former fit the 99 KiB of sm_86 and sm_89 as well, and serve sm_100, whose own instructions these kernels do
+# not use well: wgmma's sizes exceed its tensor memory, as do even the former beyond D = 384.
 STUDENT = {
     80: (Blocks(64, 16, 64, 4, 3, 2), Blocks(64, 32, 128, 8, 2), Blocks(64, 16, 128, 8, 2)),
     90: (Blocks(128, 64, 256, 8, 3), Blocks(128, 64, 128, 8, 2), Blocks(64, 64, 128, 8, 2)),
@@ -78,11 +79,12 @@ FP32 = Blocks(32, 32, 64, 4, 1)  # exact products, for tests
 
 def supports(d: int, dtype: torch.dtype, capability: int) -> bool:
     """Whether these kernels are meant for D columns in ``dtype`` on a GPU of this compute capability."""
-    return capability >= 80 and d <= 512 and dtype in (torch.float16, torch.bfloat16)
+    widest = 384 if 100 <= capability < 120 else 512
+    return capability >= 80 and d <= widest and dtype in (torch.float16, torch.bfloat16)
 
 
 def blocks(table: Mapping[int, tuple[Blocks, ...]], d: int, dtype: torch.dtype, capability: int) -> Blocks:
-    family = 90 if 90 <= capability < 120 else 80
+    family = 90 if 90 <= capability < 100 else 80
     chosen = FP32 if dtype == torch.float32 else table[family][(d > 256) + (d > 384)]
     return chosen._replace(depth=max(16, min(chosen.depth, triton.next_power_of_2(d))))
 
