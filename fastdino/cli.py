@@ -123,6 +123,7 @@ def main(argv: Sequence[str]) -> int:
         fail(str(error))
     except lock.OutputError as error:
         fail(str(error), code=exits.OUTPUT)
+    from fastdino.data.decoding import TooManyUnreadable
     from fastdino.engine.checkpoint import CheckpointError, NotFiniteError
     from fastdino.engine.repeat import UnequalError
     from fastdino.engine.trainer import Trainer
@@ -142,6 +143,8 @@ def main(argv: Sequence[str]) -> int:
         fail(str(error), first_only=False, code=exits.NOT_FINITE)
     except UnequalError as error:
         fail(str(error), first_only=False, code=exits.UNEQUAL)
+    except TooManyUnreadable as error:
+        fail(f"{error}\nthe same command continues", first_only=False, code=exits.DATA)
     return exits.DONE
 
 

@@ -219,7 +219,7 @@ class RunConfig:
     output_dir: str = "."
     """Where logs, checkpoints and the report go."""
     saveckp_freq: int = 20
-    """Epochs between checkpoints that are kept."""
+    """Epochs between checkpoints that are kept; 0 keeps the newest alone."""
     save_every: int = 0
     """Steps between resume points; 0 saves at the end of each epoch."""
     resume: str = "auto"

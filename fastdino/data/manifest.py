@@ -69,14 +69,16 @@ class Manifest:
         )
 
 
-def build_manifest(data_path: str | os.PathLike[str], progress: bool = True) -> Manifest:
+def build_manifest(
+    data_path: str | os.PathLike[str], progress: bool = True, without: str | os.PathLike[str] | None = None
+) -> Manifest:
     """List the images under `data_path`: class folders, flat folder, text file with one path per line, or
     containers (`containers.build`), whose indexing shows a bar on a terminal if `progress`.
 
     Class folders: the sorted top-level folders are the classes (an empty one keeps its number, so that a
     training and a validation folder agree). Flat folder: one that holds images directly. Text file: paths
     absolute or relative to the file, optionally followed by a tab and a label. Hidden files, devices, pipes
-    and loops of symbolic links are passed over.
+    and loops of symbolic links are passed over, and so is the folder `without`.
 
     Raises FileNotFoundError if the path is missing or none of the listed files exists, and ValueError if
     there is no image, both naming ``--data_path`` and what was found there.
@@ -94,7 +96,7 @@ def build_manifest(data_path: str | os.PathLike[str], progress: bool = True) -> 
     except OSError as error:  # a link to itself, a name too long, a disk that has gone
         raise OSError(error.errno, f"--data_path: {printable(root)}: {error.strerror}") from None
     if stat.S_ISDIR(mode):
-        return _from_folder(root)
+        return _from_folder(root, without)
     if stat.S_ISREG(mode):
         return _from_list(root)
     raise ValueError(f"--data_path: expected a folder or a file, got a special file: {printable(root)}")
@@ -125,19 +127,21 @@ def _is_image_name(name: str) -> bool:
 # ---------------------------------------------------------------------------------------------------- folders
 
 
-def _from_folder(root: str) -> Manifest:
+def _from_folder(root: str, without: str | os.PathLike[str] | None) -> Manifest:
     passed_over: Counter[str] = Counter()
     names, folders, links = _scan(root, passed_over)
-    identity = _identity(root)
+    barred = {_identity(root)}
+    if without is not None and os.path.isdir(without):
+        barred.add(_identity(os.fspath(without)))
     if names:
         passed_over.clear()  # the root is looked at once more
-        paths = _walk([root], set(), passed_over)[0]
+        paths = _walk([root], barred, passed_over)[0]
         _tell_of_pictures(root, passed_over)
         return Manifest(Files.of(paths), None, [], root)
 
     # A link back to the root is no class, and one deeper down is not entered: it would put every image there.
-    folders = sorted(folder for folder in folders + links if _identity(folder) != identity)
-    images = _walk(folders, {identity}, passed_over)
+    folders = sorted(folder for folder in folders + links if _identity(folder) not in barred)
+    images = _walk(folders, barred, passed_over)
     paths = [path for of_class in images for path in of_class]
     if not paths:
         raise ValueError(

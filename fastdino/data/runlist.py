@@ -62,7 +62,7 @@ def reconcile(found: Manifest, file: Path) -> Manifest:
         return found
     index = {name: i for i, name in enumerate(now)}
     gone = [name for name in saved["names"] if name not in index]
-    if not gone or len(index) + len(gone) != len(saved["names"]):
+    if not gone or [name for name in saved["names"] if name in index] != now:
         return found
     shown = ", ".join(printable(name) for name in gone[:10])
     log.warning(

@@ -25,7 +25,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from fastdino.engine.disk import MAY_PASS, Disk, ignoring_errors, patiently, remove_all
+from fastdino.engine.disk import MAY_PASS, Disk, ignoring_errors, make_directories, patiently, remove_all
 from fastdino.engine.pieces import (
     CheckpointError,
     HostCopies,
@@ -82,6 +82,7 @@ def save(
     world_size: int = 1,
     attempt: str = "",
     timeout: float = 600.0,
+    parents: bool = True,
     disk: Disk | None = None,
 ) -> Path:
     """Write checkpoint ``step`` below ``root`` and return its directory.
@@ -95,12 +96,13 @@ def save(
     has, so that nothing that a crashed one left behind gets into this one. Rank 0 returns when the checkpoint
     is in place, the others when their part is written.
 
+    Without ``parents`` the directory that ``root`` is in must be there: that of a run is never made anew.
+
     Raises OSError with path, name of the error and bytes when the disk fails, after ``disk.pauses`` where
-    that may pass, or when ``root`` would have to be made in a directory that is not there; TimeoutError (an
-    OSError) when rank 0 has waited ``timeout`` seconds for another writer; NotFiniteError when there is NaN
-    or infinity in a tensor; CheckpointError when the pieces do not make up whole tensors. Nothing then stands
-    under a final name, unless only the last flush of the directory failed: then the new checkpoint does,
-    complete. ValueError for a rank or attempt that cannot be."""
+    that may pass; TimeoutError (an OSError) when rank 0 has waited ``timeout`` seconds for another writer;
+    NotFiniteError when there is NaN or infinity in a tensor; CheckpointError when the pieces do not make up
+    whole tensors. Nothing then stands under a final name, unless only the last flush of the directory
+    failed: then the new checkpoint does, complete. ValueError for a rank or attempt that cannot be."""
     root, disk = Path(root), disk or Disk()
     target = root / f"step-{step:08d}"
     temporary = root / f"{SAVING}{step:08d}{'-' if attempt else ''}{attempt}"
@@ -127,7 +129,9 @@ def save(
             return target
         if not attempt:
             remove_unfinished(root, disk=disk)
-        if not disk.is_directory(root):  # but never the run's folder, which is there or was lost
+        if parents:
+            make_directories(disk, root, patient)
+        elif not disk.is_directory(root):
             patient(disk.make_directory, root)
             patient(disk.sync_directory, root.parent)
         patient(disk.make_directory, temporary)
@@ -269,6 +273,7 @@ class Saver:
             world_size=world_size,
             attempt=attempt,
             timeout=self.timeout,
+            parents=False,
             disk=self.disk,
         )
         self._thread = threading.Thread(target=self._run, args=(job, rank == 0), name=f"checkpoint {step}")
@@ -284,6 +289,11 @@ class Saver:
         error = self._finished()
         if error is not None:
             raise error
+
+    def end(self) -> None:
+        """Return when the save that was started is over, whatever came of it."""
+        if self._thread is not None:
+            self._thread.join()
 
     def _finished(self) -> BaseException | None:
         """The error of the save that was started, when it is over."""

@@ -10,6 +10,7 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
+from torch import nn
 
 from fastdino.config import Config, as_flags
 from fastdino.data import runlist
@@ -37,6 +38,21 @@ _ADVICE = {
     "DALI version": "images may be decoded to other pixels; install the one that began the run",
     "compute type": "--precision chooses it",
 }
+
+
+# Decided by these flags, which --allow_changes names.
+_CHOSEN_BY = {
+    "compute type": ("precision", "use_fp16"),
+    "global batch": ("batch_size", "batch_size_per_gpu"),
+    "images in a pass": ("batch_size", "batch_size_per_gpu"),
+    "list of images": ("data_path",),
+}
+
+
+def mixes_images(method: nn.Module, config: Config) -> bool:
+    """Whether an image's output depends on those that go through the networks with it."""
+    norms = any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in method.modules())
+    return norms or config.method.method == "swav" or config.method.teacher_op != "center"
 
 
 def identity(config: Config, manifest: Manifest, global_batch: int, dtype: torch.dtype) -> dict[str, Any]:
@@ -67,5 +83,7 @@ def differences(ours: Mapping[str, Any], meta: Mapping[str, Any], allowed: Colle
         f"{name}: checkpoint {theirs[name]!r}, now {value!r}"
         + (f" ({_ADVICE[name]})" if name in _ADVICE else "")
         for name, value in ours.items()
-        if name in theirs and theirs[name] != value and name.removeprefix("--") not in allowed
+        if name in theirs
+        and theirs[name] != value
+        and not {name.removeprefix("--"), *_CHOSEN_BY.get(name, ())} & set(allowed)
     ]

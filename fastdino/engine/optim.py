@@ -163,8 +163,9 @@ class Updater:
         }
 
     def load_state(self, state: Mapping[str, Tensor]) -> None:
-        """Take whole tensors under the names of :meth:`state`; a parameter without entries starts afresh (a
-        last layer that was frozen so far).
+        """Take whole tensors under the names of :meth:`state`; a parameter without entries, or with those of
+        another optimizer, starts afresh (as a last layer that was frozen so far), and what is not trained
+        needs none.
 
         Raises KeyError for entries of unknown parameters and ValueError for a shape that does not fit.
         """
@@ -172,6 +173,8 @@ class Updater:
         entries: dict[Tensor, dict[str, Tensor]] = {}
         for flat, value in state.items():
             key, _, name = flat.partition(".")
+            if name not in by_name and name in self.names.values():
+                continue
             if name not in by_name:
                 raise KeyError(f"optimizer state {flat}: the model has no trained parameter {name}")
             parameter = by_name[name]
@@ -183,5 +186,7 @@ class Updater:
             part = rows.rows_like(value, parameter) if value.ndim else value
             entry = part.to(self.rows[parameter].device, copy=True)
             entries.setdefault(self.rows[parameter], {})[key] = entry
+        own = {"step"} if self.optimizer._counts else set()
+        own |= set(self.optimizer._moments)
         self.optimizer.state.clear()
-        self.optimizer.state.update(entries)
+        self.optimizer.state.update({p: entry for p, entry in entries.items() if entry.keys() == own})

@@ -14,12 +14,14 @@ import torch
 from fastdino_kernels import grad_square_sums
 from torch import Tensor, nn
 
+from fastdino.data.decoding import TooManyUnreadable
 from fastdino.data.loader import Crops
 from fastdino.engine import parallel, repeat, rows
 from fastdino.engine.metrics import Clock, Ring, StepResult
 from fastdino.engine.optim import Updater
 from fastdino.engine.schedules import Hyper
 from fastdino.methods import Method
+from fastdino.methods.queue import Queue
 
 
 class Scalars:
@@ -99,6 +101,7 @@ class TrainStep:
         self.parts = accumulate * size
         self.beat: Callable[[str], None] = lambda phase: None  # told of the phase that begins
         self.twice = False  # compute the coming step twice and compare
+        self.no_data: TooManyUnreadable | None = None  # why there are no more batches
         # A skipped step must not show in the running statistics either.
         norms = [m for m in method.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
         self.statistics = [(b, b.clone()) for m in norms for b in m.buffers()]
@@ -116,7 +119,8 @@ class TrainStep:
         """Train on the next ``accumulate`` of ``batches``, this process's part of the global batch.
 
         ``stop`` is asked before each forward and backward pass; once it is true on any process, the step
-        changes nothing on all of them and its result says so.
+        changes nothing on all of them and its result says so. So it does where too many images cannot be read
+        (``no_data``), unless the processes must all go through the same passes: then that is raised.
 
         Raises UnequalError, with nothing changed, if the step is computed ``twice`` with different results.
         """
@@ -124,14 +128,12 @@ class TrainStep:
         self.scalars.set(hyper)
         frozen = hyper.freeze_last_layer
         self.begin(frozen)
-        if self.twice:
-            crops = repeat.kept(batches, self.accumulate)
-            first = self.rehearse(crops, frozen, clock, stop)
-            stopped = self.passes(iter(crops), frozen, clock, stop)
-            if not stopped:
-                repeat.compare(first, self.computed())
-        else:
-            stopped = self.passes(batches, frozen, clock, stop)
+        try:
+            stopped = self.no_data is not None or self.compute(batches, frozen, clock, stop)
+        except TooManyUnreadable as error:
+            if not self.may_abandon:
+                raise
+            self.no_data, stopped = error, True
         if stopped or stop():
             self.sums[-1].fill_(1.0)
         self.worked.fill_(self.ring.worked * self.parts)
@@ -142,6 +144,17 @@ class TrainStep:
         self.update()
         clock.lap("update")
         self.ring.push(self.row, clock)
+
+    def compute(self, batches: Iterator[Crops], frozen: bool, clock: Clock, stop: Callable[[], bool]) -> bool:
+        """:meth:`passes`, or them ``twice`` and a comparison."""
+        if not self.twice:
+            return self.passes(batches, frozen, clock, stop)
+        crops = repeat.kept(batches, self.accumulate)
+        first = self.rehearse(crops, frozen, clock, stop)
+        stopped = self.passes(iter(crops), frozen, clock, stop)
+        if not stopped:
+            repeat.compare(first, self.computed())
+        return stopped
 
     def passes(
         self,
@@ -174,6 +187,8 @@ class TrainStep:
         first = self.computed()
         for statistic, before in self.statistics:
             statistic.copy_(before)
+        for queue in (m for m in self.method.modules() if isinstance(m, Queue)):
+            queue.pending.clear()
         self.begin(frozen)
         return first
 

@@ -30,7 +30,7 @@ from fastdino.data.manifest import Manifest, build_manifest
 from fastdino.data.prescan import BAD_NAME, prescan
 from fastdino.data.preview import contact_sheet
 from fastdino.data.remote import is_url
-from fastdino.engine import checkpoint, exits, identity, lock, output, parallel, rows
+from fastdino.engine import checkpoint, exits, identity, launch, lock, output, parallel, rows
 from fastdino.engine.build import build
 from fastdino.engine.logs import (
     Screen,
@@ -87,6 +87,8 @@ class Trainer:
         self.watchdog = Watchdog(config.run.hang_timeout, self.world.rank, self.world.size)
         self.stragglers = Stragglers()
         self.signal = 0
+        # Workers that torchrun starts again go on where they were, whatever --resume says to the first ones.
+        self.restarted = parallel.broadcast_object(self.world.main and launch.is_restart(self.output))
 
         self.manifest = self._open_data()
         self.steps_per_epoch = sampler.steps_per_epoch(len(self.manifest), self.global_batch)
@@ -124,7 +126,7 @@ class Trainer:
         indexed = containers.find(data_path) is not None  # by rank 0, then the others read its index
         if indexed and not self.world.main:
             parallel.after_main()
-        manifest = build_manifest(data_path, progress=self.world.main)
+        manifest = build_manifest(data_path, progress=self.world.main, without=self.output)
         if indexed and self.world.main:
             parallel.after_main()
         return self._run_list(self._clean(manifest, self.output))
@@ -134,8 +136,8 @@ class Trainer:
         with.
         """
         file = self.output / "images.json"
-        resuming = self.config.run.resume != "none" and checkpoint.checkpoints(self.checkpoints)
-        begun = resuming and file.exists()
+        resuming = self.restarted or self.config.run.resume != "none"
+        begun = resuming and checkpoint.checkpoints(self.checkpoints) and file.exists()
         parallel.barrier()  # every process has looked before one writes
         if begun:
             return runlist.reconcile(found, file)
@@ -169,20 +171,21 @@ class Trainer:
     @cached_property
     def _identity(self) -> dict[str, Any]:
         """What must not change between a run and its continuation; made once, for it covers every image."""
-        return identity.identity(self.config, self.manifest, self.global_batch, self.dtype) | {
+        found = identity.identity(self.config, self.manifest, self.global_batch, self.dtype) | {
             "augmentation version": AUGMENTATION_VERSION,
             "DALI version": import_dali().__version__,
         }
+        if identity.mixes_images(self.method, self.config):
+            found["images in a pass"] = self.micro_batch * self.world.size
+        return found
 
     def _resume(self) -> None:
-        wanted = self.config.run.resume
-        if wanted == "none":
-            found = None
-        elif wanted == "auto":
+        wanted, found = self.config.run.resume, None
+        if self.restarted or wanted == "auto":
             found = parallel.broadcast_object(
                 checkpoint.latest(self.checkpoints, quarantine=True) if self.world.main else None
             )
-        else:
+        if found is None and wanted not in ("auto", "none"):
             found = Path(wanted)
             official = found / "checkpoint.pth" if found.is_dir() else found
             if official.is_file():
@@ -214,7 +217,8 @@ class Trainer:
             )
         self.engine.load_state(model)
         self.engine.updater.load_state(optimizer)
-        self.step = self.read = meta["epoch"] * self.steps_per_epoch if imported else meta["step"]
+        epochs = meta["epoch"] if imported else meta["step"] / meta["steps_per_epoch"]
+        self.step = self.read = round(epochs * self.steps_per_epoch)
         self.counters, self.sums = meta["counters"], meta["epoch_sums"]
         self.engine.step.scaler.load_state(meta["scaler"])
         self.resumed_from = path
@@ -225,6 +229,13 @@ class Trainer:
         """Train to the end and return the run directory. Raises Stopped (exit code 143, 130 or 1) when it
         ends early.
         """
+        try:
+            return self._fit()
+        finally:  # this process may live on
+            self.saver.end()
+            lock.release(self.output)
+
+    def _fit(self) -> Path:
         run = self.config.run
         loader = MultiCropLoader(
             self.manifest,
@@ -270,7 +281,6 @@ class Trainer:
             finally:
                 curves.close()
                 screen.close()
-        lock.release(self.output)
         parallel.stop()
         return self.output
 
@@ -297,7 +307,10 @@ class Trainer:
             if epoch_ends:
                 self._end_epoch(epoch, hyper, screen)
             if saves:
-                self._save(keep=finished or (epoch_ends and (epoch + 1) % max(run.saveckp_freq, 1) == 0))
+                self._save(
+                    keep=finished
+                    or (epoch_ends and run.saveckp_freq > 0 and (epoch + 1) % run.saveckp_freq == 0)
+                )
             if self._evaluates_at(self.step):
                 paused = time.perf_counter()
                 self._evaluate(screen, curves)
@@ -366,6 +379,12 @@ class Trainer:
 
     def _stop(self, screen: Screen) -> NoReturn:
         """Save what a signal to any process asks to be saved, and end with its exit code."""
+        if (no_data := self.engine.step.no_data) is not None:
+            if self.step:
+                self._save(keep=False)
+                self.saver.wait()
+            screen.say(f"stopped for want of images after step {self.step}")
+            raise no_data
         self._save(keep=False)
         name = signal.Signals(self.signal).name if self.signal else "a signal to another process"
         screen.say(f"stopped by {name} after step {self.step}; the same command continues from there")
@@ -442,6 +461,8 @@ class Trainer:
         for name in ("metrics.jsonl", "eval.jsonl"):
             keep_lines(self.output / name, lambda r: 0 < self.step >= r["step"])
         keep_lines(self.output / "log.txt", lambda r: r["epoch"] < self.step // self.steps_per_epoch)
+        if "data_path" in self.config.run.allow_changes:
+            write_text(self.output / "images.json", runlist.write(self.manifest))
         write_text(self.output / "config.yaml", config_to_yaml(self.config))
         facts = environment(self.world.size, self.world.device) | {
             "precision": str(self.dtype).removeprefix("torch."),
@@ -473,11 +494,15 @@ class Trainer:
             )
         elif self.step:
             screen.say(f"continuing after step {self.step} from {self.resumed_from}")
-        if moved := checkpoint.set_aside(self.checkpoints, self.step if self.resumed_from else -1):
+        old = self.resumed_from  # in another folder it leaves nothing to keep in this one
+        after = self.step if old is not None and old.parent.resolve() == self.checkpoints.resolve() else -1
+        if moved := checkpoint.set_aside(self.checkpoints, after):
             screen.say(
-                f"{len(moved)} checkpoints of later steps are set aside in {self.checkpoints}, the newest as "
+                f"{len(moved)} checkpoints of {'later' if after >= 0 else 'other'} steps are set aside in "
+                f"{self.checkpoints}, the newest as "
                 f"{moved[0].name}"
             )
+        launch.sign(self.output)
 
     def _save(self, *, keep: bool) -> None:
         """Begin a checkpoint; it is written while training goes on."""

@@ -205,7 +205,7 @@ def precision_name(flags: argparse.Namespace) -> str:
 
 def backbone(flags: argparse.Namespace) -> Backbone:
     """The network of --weights, in evaluation mode on its device."""
-    if not flags.weights:
+    if flags.weights is None or isinstance(flags.weights, str) and not flags.weights:
         raise ValueError(
             "--weights is required (run directory, checkpoint directory, official .pth file, or 'random')"
         )

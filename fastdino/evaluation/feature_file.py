@@ -22,6 +22,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from fastdino.data.samples import Member, stamp
 from fastdino.engine.logs import write_text
 
 if TYPE_CHECKING:
@@ -40,11 +41,16 @@ def digest_of_weights(backbone: nn.Module) -> str:
     return found.hexdigest()
 
 
-def digest_of_paths(paths: Iterable[str | os.PathLike[str]]) -> str:
-    """SHA-256 of the list of files, by their paths as they are given; the files are not opened."""
+def digest_of_images(paths: Iterable[str | os.PathLike[str]], labels: Iterable[int] = ()) -> str:
+    """SHA-256 of the list of files by absolute path, size and time of the last change, and of their labels;
+    the files are not opened.
+    """
     found = hashlib.sha256()
-    for path in paths:
-        found.update(os.fsencode(path) + b"\0")
+    for given in paths:
+        path = os.fspath(given)
+        whole = path if isinstance(path, Member) else os.path.abspath(path)
+        found.update(os.fsencode(whole) + f"\0{stamp(path)}\0".encode())
+    found.update(np.fromiter(labels, np.int64).tobytes())
     return found.hexdigest()
 
 

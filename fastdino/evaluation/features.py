@@ -33,7 +33,7 @@ from fastdino.data import headers, prescan
 from fastdino.data.manifest import printable
 from fastdino.data.samples import read
 from fastdino.data.threads import threads
-from fastdino.evaluation.feature_file import FeatureFile, digest_of_paths, digest_of_weights
+from fastdino.evaluation.feature_file import FeatureFile, digest_of_images, digest_of_weights
 
 if TYPE_CHECKING:
     from fastdino.engine.parallel import World
@@ -58,12 +58,15 @@ class UnreadableImage(ValueError):
 
 
 def read_image(path: ImagePath) -> Image.Image:
-    """The RGB image in a file, as PIL converts it; EXIF rotation is not applied (as in ImageFolder).
+    """The RGB image in a file, as PIL converts it, but grey of more than 8 bits is scaled to 8; EXIF rotation
+    is not applied (as in ImageFolder).
 
     Raises FileNotFoundError or UnreadableImage.
     """
     try:
         with _opened(read(os.fspath(path))) as image:
+            if image.mode[0] in "IF":  # grey in 16 bits or more, which Pillow clips: as training sees it
+                return Image.fromarray(np.asarray(prescan.decode(os.fspath(path))))
             return image.convert("RGB")
     except FileNotFoundError:
         raise FileNotFoundError(f"no such image: {printable(os.fspath(path))}") from None
@@ -204,7 +207,7 @@ def extract_features(
     run = functools.partial(_run, backbone, paths, image_size, device, num_threads, dtype, normalized)
     if file is not None:
         settings = {"image_size": image_size, "precision": str(dtype), "normalized": normalized}
-        key = {"weights": digest_of_weights(backbone), "paths": digest_of_paths(paths), **settings}
+        key = {"weights": digest_of_weights(backbone), "images": digest_of_images(paths), **settings}
         width = _width(backbone, image_size, device)
         with FeatureFile(file, key, len(paths), width, batch_size, world) as store:
             missing = [batch for batch in batches if not store.finished[batch.start // batch_size]]

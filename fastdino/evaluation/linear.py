@@ -50,6 +50,10 @@ class ProbeFeatures(nn.Module):
         depth = getattr(backbone, "depth", n)
         if self.own is None and n > depth:
             raise ValueError(f"--n_last_blocks: the network has {depth} blocks, got {n}")
+        if self.own is None and (n > 1 or avgpool) and not hasattr(backbone, "get_intermediate_layers"):
+            raise ValueError(
+                f"--n_last_blocks: a network without get_intermediate_layers has one output, got {n}"
+            )
 
     def forward(self, images: Tensor) -> Tensor:
         if self.own is not None:

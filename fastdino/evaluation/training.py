@@ -21,6 +21,7 @@ from torch import Tensor
 from fastdino.data.augment import ATTEMPTS, LOG_RATIO, P_FLIP
 from fastdino.data.manifest import Manifest, build_manifest
 from fastdino.engine import checkpoint, parallel
+from fastdino.engine.disk import make_directories
 from fastdino.engine.parallel import World
 from fastdino.evaluation.features import normalize, read_pixels
 from fastdino.evaluation.plan import held_out_folder
@@ -155,7 +156,10 @@ class Record:
     def __init__(self, root: Path | None, settings: Mapping[str, Any], world: World) -> None:
         self.root, self.world = root, world
         self.settings = json.loads(json.dumps(settings))
-        self._saver = checkpoint.Saver(root) if root is not None and world.main else None
+        self._saver: checkpoint.Saver | None = None
+        if root is not None and world.main:
+            make_directories(checkpoint.Disk(), root)
+            self._saver = checkpoint.Saver(root)
 
     def load(self) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Any]] | None:
         """Model, optimizer and meta of the newest valid checkpoint, None where there is none.

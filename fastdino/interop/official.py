@@ -44,7 +44,6 @@ from fastdino.config import (
     with_flags,
 )
 from fastdino.engine import checkpoint
-from fastdino.engine.disk import Disk, make_directories
 from fastdino.interop.files import WeightsError, find_checkpoint, read_pickle, write_pickle
 from fastdino.interop.official_optimizer import (
     decoded,
@@ -364,7 +363,6 @@ def import_checkpoint(
     config = config_from_dict(meta["config"])
     config = replace(config, run=replace(config.run, output_dir=str(output)))
     meta["config"] = config_to_dict(config)
-    make_directories(Disk(), output)
     path = checkpoint.save(root, meta["epoch"], model, optimizer, meta)
     (output / "config.yaml").write_text(config_to_yaml(config), encoding="utf-8")
     return f"{source} -> {path}: continue with train.py --config {output / 'config.yaml'} --data_path IMAGES"

@@ -16,7 +16,6 @@ import torch
 
 from fastdino.config import Config, ConfigError, config_to_dict, config_to_yaml, layered, validate
 from fastdino.engine import checkpoint
-from fastdino.engine.disk import Disk, make_directories
 from fastdino.interop.files import WeightsError
 from fastdino.interop.official import differences
 from fastdino.interop.source import Source, arguments, model_config, open_source
@@ -61,7 +60,6 @@ def start_run(source: Source, output: Path, config: Config) -> str:
             if problems:
                 raise WeightsError(f"{source.path}: does not fit --arch {config.model.arch}: {problems}")
             model.backbone.load_state_dict(weights)
-    make_directories(Disk(), output)
     path = checkpoint.save(root, 0, method.state_dict(), {}, _meta(config, source))
     (output / "config.yaml").write_text(config_to_yaml(config), encoding="utf-8")
     return (

@@ -14,10 +14,11 @@ import torch
 from fastdino_kernels import csrc
 from PIL import Image
 
+from fastdino.data import prescan
 from fastdino.engine import parallel
 from fastdino.engine.parallel import World
 from fastdino.evaluation import feature_file, features
-from fastdino.evaluation.feature_file import digest_of_weights, load_mapped
+from fastdino.evaluation.feature_file import digest_of_images, digest_of_weights, load_mapped
 from fastdino.evaluation.features import (
     center_crop,
     extract_features,
@@ -119,6 +120,15 @@ def test_view_equals_pillow_to_the_bit(name, mode, options, library, tmp_path, m
         difference = pixels.permute(1, 2, 0).numpy().astype(int) - expected
         assert int(np.abs(difference).max()) == 0
         assert torch.equal(floats, normalize(torch.from_numpy(expected)[None])[0])
+
+
+@pytest.mark.parametrize(("name", "dtype"), [("grey.png", np.uint16), ("grey.tif", np.float32)])
+def test_grey_of_many_bits_is_what_training_sees(name, dtype, tmp_path):
+    ramp = np.linspace(0, 65535 if dtype == np.uint16 else 1, 40 * 30).reshape(30, 40).astype(dtype)
+    Image.fromarray(ramp).save(tmp_path / name)
+    pixels = read_pixels(tmp_path / name)
+    assert np.array_equal(pixels, prescan.decode(str(tmp_path / name)))
+    assert pixels.shape == (30, 40, 3) and 120 < pixels.mean() < 135 and pixels.std() > 60
 
 
 def test_nvimagecodec_decodes_jpegs_and_pillow_what_it_refuses(tmp_path, monkeypatch):
@@ -291,6 +301,21 @@ def test_unfinished_file_of_something_else_leaves_the_old_one_until_it_is_done(f
     model = Counting()
     found = stored(model, files, path, image_size=8)
     assert model.images == 12 and torch.equal(found, extract_features(Mean(), files, image_size=8))
+
+
+def test_digest_of_images(tmp_path, monkeypatch):
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "x.png").write_bytes(b"12")
+    monkeypatch.chdir(tmp_path / "a")
+    first = digest_of_images(["x.png"], [0])
+    assert first == digest_of_images([tmp_path / "a" / "x.png"], [0])
+    assert first != digest_of_images(["x.png"], [1])
+    monkeypatch.chdir(tmp_path / "b")
+    assert first != digest_of_images(["x.png"], [0])
+    monkeypatch.chdir(tmp_path / "a")
+    os.utime("x.png", (1e9, 1e9))
+    assert first != digest_of_images(["x.png"], [0])
 
 
 def test_digest_of_weights():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,7 @@ from PIL import Image
 from torch import nn
 
 from fastdino.engine.parallel import World
-from fastdino.evaluation import linear
+from fastdino.evaluation import evaluate, linear
 from fastdino.evaluation.__main__ import main
 from fastdino.evaluation.linear import (
     Batch,
@@ -329,6 +330,45 @@ def test_command_trains_resumes_and_evaluates(dataset, capsys):
     assert "64 features" in capsys.readouterr().err
 
 
+def damage_unseen(image: Path) -> None:
+    """Without looking into it, it is the same."""
+    before = image.stat()
+    image.write_bytes(b"damaged".ljust(before.st_size))
+    os.utime(image, ns=(before.st_atime_ns, before.st_mtime_ns))
+
+
+@pytest.mark.parametrize("protocol", ["linear", "finetune"])
+def test_other_images_are_not_given_the_figures_of_the_first(dataset, protocol, capsys):
+    words = line(dataset, protocol, "--epochs", "1", "--batch_size_per_gpu", "4")
+    words += ["--output_dir", str(dataset / "out")]
+    assert main(words) == 0
+    capsys.readouterr()
+    for split in ("train", "val"):  # as many images of each class, with the labels the other way round
+        (dataset / split / "dark").rename(dataset / split / "x")
+        (dataset / split / "light").rename(dataset / split / "dark")
+        (dataset / split / "x").rename(dataset / split / "light")
+    assert main(words) == 2
+    assert "images" in capsys.readouterr().err
+
+
+def test_networks_from_python(dataset):
+    class Plain(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = torch.nn.Linear(3, 8)
+
+        def forward(self, images):
+            return self.layer(images.mean((2, 3)))
+
+        def __len__(self):
+            raise TypeError("as of torch.compile's modules")
+
+    settings = dict(data_path=str(dataset), image_size=24, epochs=2, device="cpu", num_workers=1, lr=[0.1])
+    assert evaluate("linear", Plain(), batch_size_per_gpu=4, **settings).figures["top1"] >= 0
+    with pytest.raises(ValueError, match="--n_last_blocks: .* get_intermediate_layers"):
+        evaluate("linear", Plain(), n_last_blocks=4, **settings)
+
+
 def test_a_killed_run_goes_on_with_its_features(dataset, monkeypatch):
     def killed(*_, **__):
         raise KeyboardInterrupt
@@ -340,7 +380,7 @@ def test_a_killed_run_goes_on_with_its_features(dataset, monkeypatch):
         patch.setattr(linear, "train_linear", killed)
         with pytest.raises(KeyboardInterrupt):
             main(line(dataset, "linear", *words, *joined))
-    next((dataset / "train").rglob("*.png")).write_bytes(b"damaged")
+    damage_unseen(next((dataset / "train").rglob("*.png")))
     assert main(line(dataset, "linear", *words, *pooled)) == 2  # features as wide, but others
     assert main(line(dataset, "linear", *words, *joined)) == 0  # no image is read
     assert sorted(path.name for path in (dataset / "out").iterdir()) == ["linear", "linear.json"]

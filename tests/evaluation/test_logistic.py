@@ -14,7 +14,7 @@ from torch import nn
 from fastdino.evaluation import logistic
 from fastdino.evaluation.__main__ import main
 from fastdino.evaluation.logistic import accuracy, logistic_regression
-from tests.evaluation.test_linear import clusters, dataset, line, two_heads  # noqa: F401
+from tests.evaluation.test_linear import clusters, damage_unseen, dataset, line, two_heads  # noqa: F401
 
 
 def test_two_samples_of_two_classes_by_hand():
@@ -114,7 +114,7 @@ def test_a_killed_run_goes_on_with_its_features(dataset, capsys, monkeypatch):  
         patch.setattr(logistic, "logistic_regression", killed)
         with pytest.raises(KeyboardInterrupt):
             main(words)
-    next((dataset / "train").rglob("*.png")).write_bytes(b"damaged")
+    damage_unseen(next((dataset / "train").rglob("*.png")))
     assert main(words) == 0  # no image is read
     assert main(words) == 2  # nothing was left of the finished run
 

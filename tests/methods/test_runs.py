@@ -132,7 +132,6 @@ def test_a_checkpoint_without_flags_of_methods_is_one_of_dino(data, tmp_path):
     model, optimizer, meta = checkpoint.load(path)
     for flag in ("method", "loss", "teacher", "queue_length", "predictor"):
         del meta["identity"][f"--{flag}"]
-    (tmp_path / "older").mkdir()
     older = checkpoint.save(tmp_path / "older" / "checkpoints", 1, model, optimizer, meta)
     trainer.restore(older)
     assert trainer.step == 1

@@ -11,8 +11,9 @@ import pytest
 
 import fastdino
 from fastdino.engine import exits, lock
+from fastdino.engine.step import TrainStep
 from reliability.promises import cases_of, promise
-from runs import ROOT, command, environment
+from runs import FLAGS, ROOT, command, environment
 
 HOLD = """
 import sys, time
@@ -129,14 +130,24 @@ def test_a_process_may_take_its_lock_again_and_sees_when_it_is_lost(tmp_path):
         lock.check(out)
 
 
-def test_a_call_that_fails_lets_the_folder_go(tmp_path):
+def assert_free(out: Path) -> None:
+    process = start(sys.executable, "-c", HOLD, str(out))
+    assert process.stdout.readline() == "held\n", process.stderr.read()
+    process.kill()
+    process.wait()
+
+
+def test_a_call_that_fails_lets_the_folder_go(images, tmp_path, monkeypatch):
     """Of a notebook, say, which goes on afterwards."""
     (tmp_path / "empty").mkdir()
     with promise(23, "a failed call from Python lets another process have the folder") as cases:
         with cases.case("no images"):
             with pytest.raises(ValueError, match="no image"):
                 fastdino.train(tmp_path / "out", tmp_path / "empty", device="cpu")
-            process = start(sys.executable, "-c", HOLD, str(tmp_path / "out"))
-            assert process.stdout.readline() == "held\n", process.stderr.read()
-            process.kill()
-            process.wait()
+            assert_free(tmp_path / "out")
+        with cases.case("an error in training"):
+            monkeypatch.setattr(TrainStep, "enqueue", lambda *_: next(iter([])))
+            flags = {name[2:]: value for name, value in zip(FLAGS[::2], FLAGS[1::2], strict=True)}
+            with pytest.raises(StopIteration):
+                fastdino.train(tmp_path / "out", images, **flags)
+            assert_free(tmp_path / "out")

@@ -25,6 +25,8 @@ KINDS = {
     "accumulated": {},
     "batch norm": {"use_bn_in_head": "true"},
     "sinkhorn": {"teacher_op": "sinkhorn"},
+    "queue": {"method": "mocov2", "queue_length": "32", "hidden_mlp": "16", "feat_dim": "8"},
+    "queue of prototypes": {"method": "swav", "queue_length": "16", "epoch_queue_starts": "0"},
 }
 
 

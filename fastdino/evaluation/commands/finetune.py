@@ -63,7 +63,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(flags: argparse.Namespace) -> Result:
     from dataclasses import asdict
 
-    from fastdino.evaluation.feature_file import digest_of_weights
+    from fastdino.evaluation.feature_file import digest_of_images, digest_of_weights
     from fastdino.evaluation.finetune import FineTuning, build_classifier
     from fastdino.evaluation.knn import matching_labels
     from fastdino.evaluation.training import enough_images, splits
@@ -75,7 +75,12 @@ def run(flags: argparse.Namespace) -> Result:
     enough_images(world, train, test)
     batch, classes = flags.batch_size_per_gpu * world.size, len(train.class_names)
     settings = {**asdict(recipe), "image_size": flags.image_size, "batch_size": batch, "seed": flags.seed}
-    kept_with = {**settings, "images": len(train), "held_out": len(test), "classes": classes}
+    kept_with = {
+        **settings,
+        "classes": classes,
+        "images": digest_of_images(train.paths, train_labels.tolist()),
+    }
+    kept_with |= {"held_out": digest_of_images(test.paths, labels.tolist())}
     kept_with |= {"precision": str(dtype), "weights": digest_of_weights(backbone)}
     model = build_classifier(backbone, classes, recipe, flags.image_size, world.device, flags.seed)
     tuning = FineTuning(

@@ -85,7 +85,7 @@ def run(flags: argparse.Namespace) -> Result:
 
     _check(flags)
     backbone = command.backbone(flags)
-    blocks = flags.n_last_blocks or min(4, getattr(backbone, "depth", 4))
+    blocks = flags.n_last_blocks or min(4, getattr(backbone, "depth", 4 if _has_blocks(backbone) else 1))
     network = ProbeFeatures(backbone, blocks, flags.avgpool_patchtokens)
     settings = {
         "image_size": flags.image_size,
@@ -93,6 +93,10 @@ def run(flags: argparse.Namespace) -> Result:
         "avgpool_patchtokens": flags.avgpool_patchtokens,
     }
     return _evaluate(flags, network, settings) if flags.evaluate else _train(flags, network, settings)
+
+
+def _has_blocks(network: Any) -> bool:
+    return hasattr(network, "probe_features") or hasattr(network, "get_intermediate_layers")
 
 
 def _check(flags: argparse.Namespace) -> None:
@@ -109,7 +113,7 @@ def _check(flags: argparse.Namespace) -> None:
 
 
 def _train(flags: argparse.Namespace, network: ProbeFeatures, settings: dict[str, Any]) -> Result:
-    from fastdino.evaluation.feature_file import digest_of_weights
+    from fastdino.evaluation.feature_file import digest_of_images, digest_of_weights
     from fastdino.evaluation.knn import matching_labels
     from fastdino.evaluation.linear import train_linear
     from fastdino.evaluation.training import enough_images, splits
@@ -126,7 +130,8 @@ def _train(flags: argparse.Namespace, network: ProbeFeatures, settings: dict[str
     settings |= {"features": flags.features, "cached_views": flags.cached_views, "seed": flags.seed}
     settings |= {"precision": command.precision_name(flags)}
     held_out = _features(flags, network, test, world, "held_out")
-    kept_with = {**settings, "images": len(train), "held_out": len(test)}
+    kept_with = {**settings, "images": digest_of_images(train.paths, train_labels.tolist())}
+    kept_with |= {"held_out": digest_of_images(test.paths, labels.tolist())}
     kept_with |= {"weights": digest_of_weights(network)}
     with command.progress("linear") as progress:
         trained = train_linear(

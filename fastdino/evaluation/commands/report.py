@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import shlex
+import shutil
 import sys
 from pathlib import Path
 
@@ -72,6 +73,8 @@ def run(flags: argparse.Namespace) -> Result:
             if not flags.again and _done(output / name / f"{task.key}.json", words, weights):
                 continue
             if command.first():
+                if flags.again and task.protocol in ("linear", "finetune"):  # which go on from what is there
+                    shutil.rmtree(output / name / task.protocol, ignore_errors=True)
                 print(f"-- {name}: {shlex.join(words)}", file=sys.stderr)
             reason = _run(words)
             if reason:
