@@ -117,7 +117,7 @@ def commands(root: Path) -> Iterator[tuple[str, str, list[str]]]:
 EXPECTED = {"run": (0,), "continued": (0,), "printed": (0,), "dry": (0,), "previewed": (0,), "missing": (2,)}
 EXPECTED |= {
     "crash": (1, 70),
-    "lost-data": (1, 70),
+    "lost-data": (66,),
     "abort": (-6,),
     "unreachable": (2,),
     "signed": (2,),
