@@ -6,6 +6,7 @@ import dataclasses
 import errno
 import logging
 import os
+import signal
 import sys
 import textwrap
 import types
@@ -126,7 +127,7 @@ def main(argv: Sequence[str]) -> int:
     from fastdino.data.decoding import TooManyUnreadable
     from fastdino.engine.checkpoint import CheckpointError, NotFiniteError
     from fastdino.engine.repeat import UnequalError
-    from fastdino.engine.trainer import Trainer
+    from fastdino.engine.trainer import Stopped, Trainer
 
     try:
         trainer = Trainer(config)
@@ -135,6 +136,10 @@ def main(argv: Sequence[str]) -> int:
         fail(str(error), first_only=False, code=code)
     try:
         trainer.fit()
+    except Stopped:
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+            signal.signal(number, signal.SIG_IGN)  # once more is heard no more: the exit code is decided
+        raise
     except OSError as error:
         if not _is_of(directory, error):
             raise

@@ -256,7 +256,7 @@ class Trainer:
         log = self.output / "train.log"
         screen = Screen(self.total_steps, self.step, enabled=self.world.main, log=log)
         lost = lock.explaining(self.output)
-        with lost, closing(self.watchdog.start()), loader, _signals(self._on_signal):
+        with _signals(self._on_signal), lost, closing(self.watchdog.start()), loader:
             self._prepare_output(screen)
             curves = Curves(
                 run.logger if self.world.main else (), self.output, config_to_dict(self.config), self.step

@@ -12,6 +12,7 @@ from functools import partial
 from pathlib import Path
 
 from fastdino.engine.disk import Disk
+from fastdino.engine.logs import write_text
 from fastdino.engine.step import TrainStep
 from fastdino.engine.trainer import Trainer
 from reliability import toy
@@ -22,7 +23,9 @@ AT_STEP = 6
 
 
 def announcing(rank: int, moment: str, note: Path) -> None:
-    """Rank 0 says when the moment has come and lets it last until a signal comes, or the file ``note``.go."""
+    """Rank 0 says when the moment has come and lets it last until the file ``note``.go is there and the
+    signal has come, if it is for rank 0 too.
+    """
     owner, name = {
         "forward": (TrainStep, "forward"),
         "update": (TrainStep, "update"),
@@ -40,8 +43,10 @@ def announcing(rank: int, moment: str, note: Path) -> None:
         if rank == 0 and len(calls) == (1 if owner is Disk else AT_STEP):
             note.write_text("now")
             deadline = time.monotonic() + 60
-            while not (signalled.is_set() or go(note).exists()) and time.monotonic() < deadline:
+            while not go(note).exists() and time.monotonic() < deadline:
                 time.sleep(0.005)
+            if go(note).read_text() == "with a signal":
+                signalled.wait(60)
         return original(self, *arguments, **options)
 
     setattr(owner, name, waiting)
@@ -90,8 +95,7 @@ def test_a_signal_saves_and_the_same_command_continues_bitwise(images, memory):
                 for _ in range(times):
                     job.send(number, int(target[-1]) if target.startswith("rank") else None)
                     time.sleep(0.05)
-                if target == "rank 1":
-                    go(note).touch()
+                write_text(go(note), "" if target == "rank 1" else "with a signal")
                 codes = job.wait(30)
                 assert time.monotonic() - begun < 10, job.text
                 sent = 128 + number
@@ -118,6 +122,7 @@ def test_a_signal_to_the_whole_group_of_a_single_process(images, memory):
                 job = toy.start(images, out, hook=partial(announcing, moment="forward", note=note))
                 job.until(note.exists)
                 os.killpg(job.processes[0].pid, number)
+                write_text(go(note), "with a signal")
                 assert job.wait(30) == [128 + number], job.text
                 assert toy.newest(out) == AT_STEP - 1 or toy.newest(out) == AT_STEP, job.text
                 toy.train(images, out)
