@@ -129,11 +129,7 @@ def save(
             return target
         if not attempt:
             remove_unfinished(root, disk=disk)
-        if parents:
-            make_directories(disk, root, patient)
-        elif not disk.is_directory(root):
-            patient(disk.make_directory, root)
-            patient(disk.sync_directory, root.parent)
+        make_directories(disk, root, patient, parents=parents)
         patient(disk.make_directory, temporary)
         part = f"-{rank + 1:05d}-of-{world_size:05d}" if sharded else ""
         files: dict[str, dict[str, Any]] = {}
@@ -297,8 +293,7 @@ class Saver:
 
     def _finished(self) -> BaseException | None:
         """The error of the save that was started, when it is over."""
-        if self._thread is not None:
-            self._thread.join()
+        self.end()
         error, self._thread, self._error = self._error, None, None
         return error
 

@@ -115,13 +115,16 @@ def patiently(
         time.sleep(disk.pauses[tries - 1])
 
 
-def make_directories(disk: Disk, path: Path, patient: Callable[..., Any] | None = None) -> None:
-    """``path`` and what is missing above it, each flushed in the directory it stands in; ``patient`` is
-    ``patiently`` with what it is done for.
+def make_directories(
+    disk: Disk, path: Path, patient: Callable[..., Any] | None = None, *, parents: bool = True
+) -> None:
+    """``path`` and, with ``parents``, what is missing above it, each flushed in the directory it stands in;
+    ``patient`` is ``patiently`` with what it is done for.
     """
     patient = patient or partial(patiently, disk)
     if not disk.is_directory(path):
-        make_directories(disk, path.parent, patient)
+        if parents:
+            make_directories(disk, path.parent, patient)
         patient(disk.make_directory, path)
         patient(disk.sync_directory, path.parent)
 

@@ -32,9 +32,15 @@ def _this() -> str | None:
     """Run, machine and process of torchrun's agent; its id alone may be given to another process later."""
     if "TORCHELASTIC_RUN_ID" not in os.environ:
         return None
-    agent = os.getppid()
-    try:
-        born = Path(f"/proc/{agent}/stat").read_text().rpartition(")")[2].split()[19]
-    except OSError:
-        born = ""
+    agent = str(os.getppid())
+    _, born = parent_and_birth(agent)
     return f"{os.environ['TORCHELASTIC_RUN_ID']} {socket.gethostname()} {agent} {born}"
+
+
+def parent_and_birth(pid: str) -> tuple[str, str]:
+    """Parent and time of birth of a process; empty where that cannot be known."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        return fields[1], fields[19]
+    except OSError:
+        return "", ""

@@ -197,9 +197,10 @@ class Screen:
         if self.pace is not None or now - self.ticked < self.INTERVAL:
             return
         self.ticked = now
-        text = f"{(now - since) / (step - first):.1f} s per step" if step > first else "the first steps"
+        text = "the first steps"
         if step > first:
-            text += f" eta {self._eta(step, (now - since) / (step - first))}"
+            pace = (now - since) / (step - first)
+            text = f"{pace:.1f} s per step eta {self._eta(step, pace)}"
         if self.live:
             self.progress.update(self.task, completed=step, text=text)
         else:

@@ -35,6 +35,7 @@ import torch.distributed as dist
 
 from fastdino.engine import exits, parallel
 from fastdino.engine.disk import Disk
+from fastdino.engine.launch import parent_and_birth
 
 _UNTIMED = ("start", "evaluation", "report", "end")
 """Phases that take as long as they take."""
@@ -61,7 +62,7 @@ class _Peer:
     def is_sister(self) -> bool:
         """Whether it runs here, started by the same launcher."""
         host, pid, born, _ = self.process
-        return host == socket.gethostname() and _stat(pid) == (str(os.getppid()), born)
+        return host == socket.gethostname() and parent_and_birth(pid) == (str(os.getppid()), born)
 
     @property
     def place(self) -> tuple[int, int, str]:
@@ -124,7 +125,7 @@ class Watchdog:
         self._deadline: float | None = None  # by when the training thread should have ended after an error
         self._parent = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
         self._ticks, self._board = 0, _Board()
-        _, born = _stat(str(os.getpid()))
+        _, born = parent_and_birth(str(os.getpid()))
         self._process = socket.gethostname(), str(os.getpid()), born, self._board.descriptor
         self._board.note(self.beats, self.step, self.phase)
         self._peers: list[_Peer] = []
@@ -312,12 +313,3 @@ class PatientDisk(Disk):
                 self.sync(file)
             super().fill(file, whole[first : first + _CHUNK])
             self.watchdog.alive()
-
-
-def _stat(pid: str) -> tuple[str, str]:
-    """Parent and time of birth of a process; empty where that cannot be known."""
-    try:
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-        return fields[1], fields[19]
-    except OSError:
-        return "", ""
