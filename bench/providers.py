@@ -12,6 +12,7 @@ import gc
 import json
 import subprocess
 import sys
+import weakref
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -27,7 +28,7 @@ from bench.machine import DTYPES, best, device, exact, half
 from fastdino.config import Config, backbone_shape, with_flags
 from fastdino.data.loader import Crops
 from fastdino.dryrun import flops_per_image
-from fastdino.engine.build import build
+from fastdino.engine.build import build, keep_freed_memory
 from fastdino.engine.optim import Updater
 from fastdino.engine.schedules import Hyper
 from fastdino.engine.step import TrainStep
@@ -87,7 +88,8 @@ class Problem:
 @dataclass(frozen=True)
 class Provider:
     """``side`` is official, eager, train_step (ours without what `fastdino.engine.build` adds) or fastdino;
-    ``options`` are `EagerStep`'s; ``flags`` are those of the configuration.
+    ``options`` are `EagerStep`'s, and ``keep`` of train_step: that its process keeps the memory it frees;
+    ``flags`` are those of the configuration.
     """
 
     side: str
@@ -114,6 +116,8 @@ class Provider:
         for model in (method.student, method.teacher):
             model.backbone.set_attention(attention)
         if self.side == "train_step":
+            if self.options.get("keep"):
+                keep_freed_memory()
             return EngineStep(
                 TrainStep(method, Updater(method.student, method.teacher, config.optim), dtype=dtype)
             )
@@ -225,79 +229,119 @@ def load_libraries() -> None:
     torch.optim.AdamW(layer.parameters()).step()
 
 
-def alone(provider: Provider, problem: Problem, checkout: Path | None) -> dict[str, int]:
-    """What two steps, their network and their crops add to the memory of this process: the peak, and the
-    tensors that are there between steps.
+def alone(
+    provider: Provider, problem: Problem, checkout: Path | None
+) -> tuple[Callable[[Crops], float], float, dict[str, int]]:
+    """The provider after two steps, the first one's loss, and what these, its network and its crops add to
+    the memory of this process: the peak, and the tensors that are there between steps.
     """
     load_libraries()
     before, tensors = memory()["now"], living_bytes()
     step, crops = provider.start(problem, checkout), problem.crops()
-    for _ in range(2):
-        step(crops)
-    return {"peak_bytes": max(1, memory()["peak"] - before), "tensor_bytes": living_bytes() - tensors}
+    loss = step(crops)
+    step(crops)
+    found = {"peak_bytes": max(1, memory()["peak"] - before), "tensor_bytes": living_bytes() - tensors}
+    return step, loss, found
 
 
-def peak(provider: Provider, problem: Problem, checkout: Path | None) -> dict[str, int]:
-    """:func:`alone` in a fresh process: in a shared one the sides' memory cannot be told apart."""
-    words = {
-        "provider": asdict(provider),
-        "problem": asdict(problem),
-        "checkout": None if checkout is None else str(checkout),
-    }
-    command = [sys.executable, "-c", "from bench import providers; providers.child()", json.dumps(words)]
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parents[1])
-    if done.returncode:
-        raise SystemExit(f"{provider.side}: its process ended with exit code {done.returncode}")
-    return json.loads(done.stdout.splitlines()[-1])
+class Process:
+    """A provider in a process of its own, after two steps; called, it makes another and returns the loss.
+
+    There its memory is its alone, and how it is managed (`fastdino.engine.build.keep_freed_memory`) concerns
+    nobody else. ``crops`` are those of the problem.
+    """
+
+    def __init__(self, provider: Provider, problem: Problem, checkout: Path | None) -> None:
+        self.name = provider.side
+        words = {
+            "provider": asdict(provider),
+            "problem": asdict(problem),
+            "checkout": None if checkout is None else str(checkout),
+        }
+        command = [sys.executable, "-c", "from bench import providers; providers.child()", json.dumps(words)]
+        self.process = subprocess.Popen(
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            cwd=Path(__file__).parents[1],
+        )
+        self.close = weakref.finalize(self, _end, self.process)
+        first = self._answer()
+        self.loss: float = first["loss"]
+        self.memory: dict[str, int] = first["memory"]
+
+    def __call__(self, crops: Crops) -> float:
+        assert self.process.stdin is not None
+        print(file=self.process.stdin, flush=True)
+        return self._answer()["loss"]
+
+    def _answer(self) -> dict[str, Any]:
+        assert self.process.stdout is not None
+        line = self.process.stdout.readline()
+        if not line:
+            raise SystemExit(f"{self.name}: its process ended with exit code {self.process.wait()}")
+        return json.loads(line)
+
+
+def _end(process: subprocess.Popen[str]) -> None:
+    process.kill()
+    process.communicate()
 
 
 def child() -> None:
-    """What the fresh process does."""
+    """What the process of :class:`Process` does: a step for every line it reads."""
     words = json.loads(sys.argv[1])
     checkout = None if words["checkout"] is None else Path(words["checkout"])
-    print(json.dumps(alone(Provider(**words["provider"]), Problem(**words["problem"]), checkout)))
+    answers, sys.stdout = sys.stdout, sys.stderr  # of what the official code prints
+    problem = Problem(**words["problem"])
+    step, loss, found = alone(Provider(**words["provider"]), problem, checkout)
+    crops = problem.crops()
+    print(json.dumps({"loss": loss, "memory": found}), file=answers, flush=True)
+    for _ in sys.stdin:
+        print(json.dumps({"loss": step(crops)}), file=answers, flush=True)
 
 
 @dataclass
 class Side:
-    """A provider that is ready to be timed, or why it is not; ``memory`` as :func:`alone` has it."""
+    """A provider that is ready to be timed; ``memory`` is :func:`alone`'s, ``loss`` the first step's."""
 
-    step: Callable[[Crops], float] | None
+    step: Callable[[Crops], float]
     memory: dict[str, int]
-    loss: float = 0.0
+    loss: float
 
 
 def start(provider: Provider, problem: Problem, crops: Crops, checkout: Path | None) -> Side:
     """Builds it and makes the first steps, in which kernels are compiled and graphs recorded.
 
-    On a GPU its memory is measured here: the peak over these steps, of what is allocated besides what others
-    hold, and the crops.
+    On a CPU in a process of its own, see :class:`Process`. On a GPU its memory is measured here: the peak
+    over these steps, of what is allocated besides what others hold, and the crops.
     """
-    gpu = device().type == "cuda"
-    found: dict[str, int] = {}
-    if not gpu:  # a toy's memory means nothing, and processes take long to start
-        found = (alone if problem.toy else peak)(provider, problem, checkout)
-    if gpu:
-        gc.collect()
-        torch.cuda.empty_cache()
-        synchronize()
-        before = torch.cuda.memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
+    if device().type == "cpu":
+        if problem.toy:  # its figures mean nothing, and processes take long to start
+            step, loss, found = alone(provider, problem, checkout)
+            return Side(step, found, loss)
+        process = Process(provider, problem, checkout)
+        return Side(process, process.memory, process.loss)
+    gc.collect()
+    torch.cuda.empty_cache()
+    synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
     step = provider.start(problem, checkout)
     loss = step(crops)
-    if gpu:
-        for _ in range(4):
-            step(crops)
-        inputs = sum(x.nbytes for x in (crops.global_, crops.local) if x is not None)
-        found["peak_bytes"] = torch.cuda.max_memory_allocated() - before + inputs
-        found["tensor_bytes"] = torch.cuda.memory_allocated() - before + inputs
+    for _ in range(4):
+        step(crops)
+    inputs = sum(x.nbytes for x in (crops.global_, crops.local) if x is not None)
+    peak, tensors = torch.cuda.max_memory_allocated(), torch.cuda.memory_allocated()
+    found = {"peak_bytes": peak - before + inputs, "tensor_bytes": tensors - before + inputs}
     return Side(step, found, loss)
 
 
 def timed(sides: Mapping[str, Side], crops: Crops, seconds: float) -> dict[str, list[float]]:
     """Seconds per step of every side, by turns, within about ``seconds``."""
     number = 5 if device().type == "cuda" else 1  # steps per turn: the host may run ahead
-    calls = {name: steps(side.step, crops, number) for name, side in sides.items() if side.step is not None}
+    calls = {name: steps(side.step, crops, number) for name, side in sides.items()}
     times = interleave(calls, rounds=15, warmup=0, seconds=seconds)
     return {name: [t / number for t in values] for name, values in times.items()}
 

@@ -16,7 +16,7 @@ import argparse
 from typing import Any
 
 from bench.harness import Transcript, save, summarise
-from bench.machine import best, device
+from bench.machine import DTYPES, best, device, product_rate
 from bench.providers import Problem, Provider, Side, add_arguments, gate, machine, problems, start, timed
 
 Row = dict[str, Any]
@@ -34,6 +34,7 @@ def waterfall(gpu: bool, compiles: bool, official: bool) -> dict[str, Provider |
     rows["+ prototype_loss"] = Provider("eager", options=dict(packed=True, fused_loss=True))
     rows["+ AdamWEMA"] = Provider("train_step")
     rows["+ autocast"] = none or Provider("train_step", best())
+    rows["+ memory kept"] = "for CPUs" if gpu else Provider("train_step", best(), dict(keep=True))
     rows["+ 16-bit weights"] = none or Provider("fastdino", best(), flags=plain)
     compiled = Provider("fastdino", best(), flags=plain | dict(compile="on"))
     rows["+ torch.compile"] = compiled if compiles else "no GPU, no --compile"
@@ -99,6 +100,16 @@ def targets(rows: list[Row]) -> list[str]:
     ]
 
 
+def roofline(case: Problem, toy: bool) -> str:
+    """What a step would take that consisted of nothing but products as fast as a large one."""
+    rates = {dtype: product_rate(DTYPES[dtype], toy) for dtype in dict.fromkeys(("fp32", best()))}
+    found = ", ".join(
+        f"{case.flops() / rate * 1e3:.0f} ms in {dtype} ({rate / 1e12:.2f} TFLOP/s)"
+        for dtype, rate in rates.items()
+    )
+    return f"{case.flops() / 1e9:.0f} GFLOP at the rate of a large product: {found}"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -113,6 +124,7 @@ def main() -> None:
     (case,) = problems(args, [args.local], say)
     rows = measure(case, args, say)
     say(table(rows))
+    say(roofline(case, args.toy))
     say("\n".join(targets(rows)))
     if args.save:
         print(save("step", say, {"configuration": str(case), "rows": rows}))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import sys
 from dataclasses import dataclass
 
 import torch
@@ -84,6 +86,8 @@ def build(config: Config, world: parallel.World | None = None, *, accumulate: in
     """
     world = world or parallel.World(0, 1, parallel.device_of(config.run.device))
     device, engine = world.device, config.engine
+    if device.type == "cpu":
+        keep_freed_memory()
     dtype = compute_dtype(config, device)
     attention = _attention(config, device, dtype)
     mesh = parse_mesh(engine.mesh, world.size)
@@ -122,6 +126,18 @@ def build(config: Config, world: parallel.World | None = None, *, accumulate: in
     vit = isinstance(method.student.backbone, VisionTransformer)
     described = describe_attention(attention, device=device, dtype=dtype) if vit else attention
     return Engine(method, updater, step, dtype, described)
+
+
+def keep_freed_memory() -> None:
+    """Let this process keep what it frees for what it allocates next, instead of returning it to the system.
+
+    Every step on a CPU frees and allocates the same large tensors. By default glibc asks the system for each
+    of them anew, which then clears its pages one by one at their first touch.
+    """
+    trim_threshold, mmap_max = -1, -4  # of <malloc.h>
+    if sys.platform == "linux" and (mallopt := getattr(ctypes.CDLL(None), "mallopt", None)):
+        mallopt(mmap_max, 0)  # large blocks come from the heap as well,
+        mallopt(trim_threshold, -1)  # which never shrinks
 
 
 def _attention(config: Config, device: torch.device, dtype: torch.dtype) -> str:

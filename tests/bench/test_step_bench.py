@@ -21,7 +21,7 @@ def test_rows_without_hardware_say_why() -> None:
     assert all(
         isinstance(row, Provider)
         for name, row in rows.items()
-        if name not in ("+ autocast", "+ 16-bit weights")
+        if name not in ("+ autocast", "+ memory kept", "+ 16-bit weights")
     )
 
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +16,7 @@ import pytest
 import torch
 
 from bench import harness, official, providers, table8
-from bench.providers import HYPER, Problem, Provider, gate, peak, standard
+from bench.providers import HYPER, Problem, Process, Provider, gate, standard
 
 CHECKOUT = os.environ.get("FASTDINO_OFFICIAL")
 
@@ -98,10 +99,31 @@ def test_all_sides_start_alike_and_draw_the_same_crops() -> None:
 def test_memory_of_a_fresh_process() -> None:
     ballast = torch.ones(100_000_000)  # 400 MB here, which must not count there
     provider, toy = Provider("fastdino"), Problem(2, 2, toy=True)
-    found = peak(provider, toy, None)
+    process = Process(provider, toy, None)
+    found = process.memory
     parameters = sum(p.numel() for p in provider.start(toy, None).step.method.parameters())  # type: ignore[attr-defined]
     assert 4 * parameters < found["tensor_bytes"] < 40 * parameters
     assert 0 < found["peak_bytes"] < ballast.nbytes / 2
+    here, crops = provider.start(toy, None), toy.crops()
+    expected = [here(crops) for _ in range(4)]
+    assert [process.loss, process(crops), process(crops)] == pytest.approx([expected[i] for i in (0, 2, 3)])
+    process.close()
+    with pytest.raises((SystemExit, ValueError)):
+        process(crops)
+
+
+def test_rivals_have_the_settings_of_pytorch() -> None:
+    """What PyTorch and OpenMP read from the environment is the user's."""
+    code = (
+        "import os; before = dict(os.environ); import bench.providers, fastdino.engine.trainer; "
+        "assert os.environ == before, os.environ"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(providers.__file__).parents[1])
+
+
+def test_a_process_that_fails_names_its_side(tmp_path: Path) -> None:
+    with pytest.raises(SystemExit, match="official: its process ended with exit code 1"):
+        Process(Provider("official"), Problem(2, toy=True), tmp_path)
 
 
 def test_rounds_rotate_and_end_in_time() -> None:

@@ -5,8 +5,12 @@ flags; the whole of a sharded engine's state.
 from __future__ import annotations
 
 import copy
+import ctypes
 import itertools
 import math
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -187,3 +191,25 @@ def test_a_state_that_does_not_fit_is_refused_and_changes_nothing():
     with pytest.raises(ValueError, match=r"model state center: expected \(48,\), got none"):
         engine.load_state(wrong)
     assert all(torch.equal(v, engine.state()[k]) for k, v in state.items())
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallopt"), reason="not glibc")
+def test_freed_memory_is_kept() -> None:
+    """A tensor as large as the one before it touches no page for the first time."""
+    code = """
+import resource, torch
+from fastdino.engine.build import keep_freed_memory
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    torch.ones(1 << 24)  # 16384 pages
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+faults(); usual = faults()
+keep_freed_memory()
+faults(); print(usual, faults())
+"""
+    environment = os.environ | {"THP_MEM_ALLOC_ENABLE": "0"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], check=True, env=environment, stdout=subprocess.PIPE, text=True
+    )
+    usual, kept = map(int, done.stdout.split())
+    assert usual > 16000 and kept < 1000
