@@ -11,6 +11,7 @@ import os
 import statistics
 import time
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -28,12 +29,18 @@ def synchronize() -> None:
 
 
 def interleave(
-    providers: Mapping[str, Callable[[], object]], *, rounds: int, warmup: int = 1, seconds: float = math.inf
+    providers: Mapping[str, Callable[[], object]],
+    *,
+    rounds: int,
+    warmup: int = 1,
+    seconds: float = math.inf,
+    turn: Callable[[str], AbstractContextManager[object]] = nullcontext,
 ) -> dict[str, list[float]]:
     """Seconds per call of each provider; the providers take turns, so that a slow moment of the machine hits
     all of them, and each round begins with another one, so that none always follows the same.
 
-    A round that would end more than ``seconds`` after the first one began is not begun; one always is.
+    ``turn(name)`` surrounds a call and is not timed. A round that would end more than ``seconds`` after the
+    first one began is not begun; one always is.
     """
     times: dict[str, list[float]] = {name: [] for name in providers}
     names = list(providers)
@@ -45,11 +52,13 @@ def interleave(
             break
         first = r % len(names)
         for name in names[first:] + names[:first]:
-            start = time.perf_counter()
-            providers[name]()
-            synchronize()
+            with turn(name):
+                start = time.perf_counter()
+                providers[name]()
+                synchronize()
+                taken = time.perf_counter() - start
             if r >= 0:
-                times[name].append(time.perf_counter() - start)
+                times[name].append(taken)
     return times
 
 

@@ -8,12 +8,15 @@ measured alone.
 from __future__ import annotations
 
 import argparse
+import ctypes
 import gc
+import itertools
 import json
 import subprocess
 import sys
 import weakref
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -248,7 +251,8 @@ class Process:
     """A provider in a process of its own, after two steps; called, it makes another and returns the loss.
 
     There its memory is its alone, and how it is managed (`fastdino.engine.build.keep_freed_memory`) concerns
-    nobody else. ``crops`` are those of the problem.
+    nobody else. ``crops`` are those of the problem. Between turns (:meth:`turn`) it rests without the memory
+    that it does not hold, or a machine would have to have that of all sides at once.
     """
 
     def __init__(self, provider: Provider, problem: Problem, checkout: Path | None) -> None:
@@ -272,9 +276,20 @@ class Process:
         self.memory: dict[str, int] = first["memory"]
 
     def __call__(self, crops: Crops) -> float:
+        return self._ask("step")["loss"]
+
+    @contextmanager
+    def turn(self) -> Iterator[None]:
+        """Inside of it the process has its memory back, by a first step."""
+        self._ask("step")
+        yield
+        self._ask("rest")
+
+    def _ask(self, word: str) -> dict[str, Any]:
         assert self.process.stdin is not None
-        print(file=self.process.stdin, flush=True)
-        return self._answer()["loss"]
+        with suppress(BrokenPipeError):  # it has ended, and is said to have
+            print(word, file=self.process.stdin, flush=True)
+        return self._answer()
 
     def _answer(self) -> dict[str, Any]:
         assert self.process.stdout is not None
@@ -290,16 +305,21 @@ def _end(process: subprocess.Popen[str]) -> None:
 
 
 def child() -> None:
-    """What the process of :class:`Process` does: a step for every line it reads."""
+    """What the process of :class:`Process` does: what it reads, line by line."""
     words = json.loads(sys.argv[1])
     checkout = None if words["checkout"] is None else Path(words["checkout"])
     answers, sys.stdout = sys.stdout, sys.stderr  # of what the official code prints
     problem = Problem(**words["problem"])
     step, loss, found = alone(Provider(**words["provider"]), problem, checkout)
     crops = problem.crops()
-    print(json.dumps({"loss": loss, "memory": found}), file=answers, flush=True)
-    for _ in sys.stdin:
-        print(json.dumps({"loss": step(crops)}), file=answers, flush=True)
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    answer: dict[str, Any] = {"loss": loss, "memory": found}
+    for word in itertools.chain(["rest"], map(str.strip, sys.stdin)):
+        if word == "step":
+            answer = {"loss": step(crops)}
+        elif trim is not None:
+            trim(0)
+        print(json.dumps(answer), file=answers, flush=True)
 
 
 @dataclass
@@ -342,7 +362,12 @@ def timed(sides: Mapping[str, Side], crops: Crops, seconds: float) -> dict[str, 
     """Seconds per step of every side, by turns, within about ``seconds``."""
     number = 5 if device().type == "cuda" else 1  # steps per turn: the host may run ahead
     calls = {name: steps(side.step, crops, number) for name, side in sides.items()}
-    times = interleave(calls, rounds=15, warmup=0, seconds=seconds)
+
+    def turn(name: str) -> AbstractContextManager[None]:
+        step = sides[name].step
+        return step.turn() if isinstance(step, Process) else nullcontext()
+
+    times = interleave(calls, rounds=15, warmup=0, seconds=seconds, turn=turn)
     return {name: [t / number for t in values] for name, values in times.items()}
 
 
