@@ -187,14 +187,20 @@ reader, writer = os.pipe()
 reading = threading.Event()
 
 def pread(*_):  # as of a server that has gone: it never comes back
-    if not reading.is_set():
-        reading.set()
-        print("reading", flush=True)
+    reading.set()
     return os.read(reader, 1)
 
+def tell():  # Python itself may drop a KeyboardInterrupt that meets a callback: the main thread waits first
+    reading.wait()
+    main = threading.main_thread().ident
+    while kind == "interrupted" and sys._current_frames()[main].f_code.co_name != "__next__":
+        time.sleep(0.01)
+    print("reading", flush=True)
+
 samples.pread = pread
-manifest = build_manifest(sys.argv[1])
 kind = sys.argv[2]
+threading.Thread(target=tell, daemon=True).start()
+manifest = build_manifest(sys.argv[1])
 if kind == "prescan":
     from fastdino.data.prescan import prescan
     prescan(manifest, Path(sys.argv[1]).parent / "cache", num_threads=2, progress=False)
